@@ -1,0 +1,48 @@
+# SISTA: `make demo` and `make test` do everything on a fresh machine; a virtual environment is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo test test-all lint format bench docker clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/.ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(BIN)/.ready  ## draw a phantom, pre-train SISTA on it, and CLIP beside it (about 10 minutes on two cores)
+	$(BIN)/sista fit --config pretrain.yaml --name demo
+	$(BIN)/sista fit --config pretrain.yaml --config method/clip.yaml --name demo-clip
+	$(BIN)/sista list runs --match demo
+
+test: $(BIN)/.ready  ## the default tests, under three minutes on two cores
+	$(PYTEST) -n 2
+
+test-all: $(BIN)/.ready  ## every test, every configuration through fit and test, with coverage
+	$(BIN)/python -m coverage erase
+	$(PYTEST) -n 2 -m "not gpu" --cov --cov-report=term
+
+lint: $(BIN)/.ready  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src tasks
+
+format: $(BIN)/.ready  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BIN)/.ready  ## what the losses cost beside the encoders
+	$(BIN)/sista bench
+
+docker: ## build the image
+	docker build --file docker/Dockerfile --tag sista .
+
+clean:  ## remove the environment and all that was made; runs and datasets stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage*
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -prune -exec rm -rf {} +

@@ -1,0 +1,17 @@
+"""The one exception that is a user's mistake and not a defect of ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SistaError(Exception):
+    """A mistake in the input: printed as one line `sista: <thing>: <why>; <next step>`, exit code 2, no traceback."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean X?` for the nearest known name, else the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"

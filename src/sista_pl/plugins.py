@@ -1,0 +1,46 @@
+"""Plug-ins by entry points: `sista.tasks` names a task class, `sista.plugins` a module imported for its registrations.
+
+A broken plug-in is one warning line, never fatal.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+TASKS, PLUGINS = "sista.tasks", "sista.plugins"
+
+
+def task_entries() -> dict[str, EntryPoint]:
+    """Return the installed tasks by name, from metadata alone: nothing is imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group=TASKS), key=lambda e: e.name)}
+
+
+def plugin_entries() -> dict[str, EntryPoint]:
+    """Return the installed plug-in modules by name, from metadata alone."""
+    return {entry.name: entry for entry in sorted(entry_points(group=PLUGINS), key=lambda e: e.name)}
+
+
+@cache
+def load() -> dict[str, Any]:
+    """Import every plug-in and task once, which registers them; return the task classes by name."""
+    for entry in plugin_entries().values():
+        _load(entry)
+    tasks = {name: _load(entry) for name, entry in task_entries().items()}
+    return {name: task for name, task in tasks.items() if task is not None}
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as why:  # somebody else's code: whatever it raises, the rest must work
+        source = entry.dist.name if entry.dist is not None else "unknown package"
+        reason = (str(why).strip().splitlines() or [""])[0]
+        print(
+            f"sista: warning: plug-in {entry.name} of {source} ({entry.value}) is left out: "
+            f"{type(why).__name__}: {reason}",
+            file=sys.stderr,
+        )
+        return None

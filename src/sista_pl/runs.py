@@ -1,0 +1,46 @@
+"""Where runs live on disk: `runs/<config>/<number>/`, the newest last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sista_pl.errors import SistaError
+
+CHECKPOINTS = "checkpoints"
+
+
+def runs_of(root: Path, name: str) -> list[Path]:
+    """Return the run folders of a configuration, oldest first."""
+    folder = root / name
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+
+
+def new_run(root: Path, name: str) -> Path:
+    """Make the next run folder of a configuration."""
+    runs = runs_of(root, name)
+    number = int(runs[-1].name) + 1 if runs else 1
+    path = root / name / f"{number:04d}"
+    path.mkdir(parents=True)
+    return path
+
+
+def find_checkpoint(root: Path, name: str, which: str) -> Path:
+    """Return the newest `best` or `last` checkpoint of a configuration.
+
+    Raises:
+        SistaError: there is none.
+    """
+    for run in reversed(runs_of(root, name)):
+        path = run / CHECKPOINTS / f"{which}.ckpt"
+        if path.is_file():
+            return path
+    raise SistaError(
+        f"{name}: no {which} checkpoint under {root / name}; run `sista fit --config {name}.yaml` first, or give "
+        "--ckpt_path FILE"
+    )
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder that a checkpoint belongs to, or None where it lies elsewhere."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == CHECKPOINTS else None

@@ -1,0 +1,1 @@
+"""Data: from a raw release to batches."""

@@ -1,0 +1,94 @@
+"""Raw releases, as they are distributed, become rows; a reader is a function `(root, **options) -> Release`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.registry import Registry
+
+READERS = Registry("data format")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(slots=True)
+class Row:
+    """One image with all that the release says of it.
+
+    Args:
+        image_id: unique in the release.
+        patient_id: the unit that no split may cut: the patient, or the group of patients where a release names one.
+        study_id: the examination; its images share a report.
+        image: path of the image file.
+        view: PA, AP, LATERAL … as the release writes it, "" where unknown.
+        split: "train", "val" or "test".
+        findings: that section of the report, cleaned; "" where absent.
+        impression: the same.
+        labels: 1 present, 0 absent, NaN unknown or uncertain, by finding.
+        mask: path of an 8-bit mask (0 background, 127 ignore, 255 object), or None.
+        boxes: `{"category", "x", "y", "w", "h"}` in pixels of the upright image, x and y the top left corner;
+            [] says that there is none, None that nobody looked.
+        source: "file:row" that it came from.
+    """
+
+    image_id: str
+    patient_id: str
+    study_id: str
+    image: Path
+    view: str
+    split: str
+    findings: str
+    impression: str
+    labels: dict[str, float] = field(default_factory=dict)
+    mask: Path | None = None
+    boxes: list[dict[str, Any]] | None = None
+    source: str = ""
+
+
+@dataclass
+class Release:
+    """What a reader found.
+
+    Args:
+        name: the reader's name.
+        version: the detected release, "MIMIC-CXR-JPG 2.1.0".
+        rows: in the order of the release.
+        skipped: what was left out (image or row) and why.
+        phantom: True where the images are drawn and not taken from patients.
+        root: the folder that the paths of the rows lie in; where it stands is no property of the data.
+        options: the options that chose the rows, as plain values without paths; kept in the store.
+    """
+
+    name: str
+    version: str
+    rows: list[Row]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    phantom: bool = False
+    root: Path = Path()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def is_phantom(*folders: Path) -> bool:
+    """True where one of the folders carries the mark that the phantom's writers leave."""
+    return any((folder / "phantom" / "phantom.json").is_file() for folder in folders)
+
+
+def need_columns(file: Path, present: Sequence[str], needed: Sequence[str]) -> None:
+    """Raise a SistaError that names the file and the first of the `needed` columns that is not `present`."""
+    for column in needed:
+        if column not in present:
+            raise SistaError(f"{file}: no column {column!r}; {did_you_mean(column, present)}")
+
+
+def refuse_duplicates(file: Path, ids: Sequence[str], rows: Sequence[int]) -> None:
+    """Raise a SistaError where an id comes twice; `rows` are the row numbers, the header being row 1."""
+    first: dict[str, int] = {}
+    for name, row in zip(ids, rows, strict=True):
+        if first.setdefault(name, row) != row:
+            raise SistaError(f"{file}: row {row} repeats the image id {name!r} of row {first[name]}; remove one")
+
+
+from sista_pl.data.formats import mimic_cxr, table  # noqa: E402, F401  their import is their registration

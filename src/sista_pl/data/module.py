@@ -1,0 +1,161 @@
+"""Data modules: a prepared store in, batches out.
+
+B samples, H W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from sista_pl import distributed
+from sista_pl.data import transforms
+from sista_pl.data.loader import EpochSampler, ResumableLoader
+from sista_pl.data.store import Store
+from sista_pl.errors import SistaError
+
+
+class StoreDataset(Dataset):
+    """Images of a store with their row; a subclass adds what its task needs in `sample`."""
+
+    def __init__(self, store: Store, transform, random: bool):
+        self.store, self.transform, self.random = store, transform, random
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        row, seed = place
+        image = torch.from_numpy(np.array(self.store.image(row)))[None]  # 1 H W
+        image = transforms.seeded(self.transform, image, seed) if self.random else self.transform(image)
+        return {"image": image, "index": row, **self.sample(row)}
+
+    def sample(self, row: int) -> dict[str, Any]:
+        return {}
+
+
+class BaseDataModule(LightningDataModule):
+    """Reads a prepared store, and prepares it first where it is not there yet.
+
+    Args:
+        store: folder of the prepared store.
+        format: how the release is laid out, one of `sista list datasets`; needed to prepare.
+        root: folder of the raw release; needed to prepare.
+        phantom: draw the release first, `{studies: 4000, seed: 0}`; only on a root that is absent or a phantom.
+        options: of the reader, such as `reports`, `views` or `columns`.
+        size: side of the stored images in pixels.
+        crop: side of the encoder's input in pixels; the size where it is not given.
+        rotate: augmentation, degrees.
+        contrast: augmentation, relative change of brightness and contrast.
+        batch_size: of one device.
+        num_workers: loader processes; -1 takes what the machine has, less one, at most 8.
+        seed: of order and augmentation.
+        max_bad: largest share of unreadable images before preparation stops.
+    """
+
+    dataset_class: type[StoreDataset] = StoreDataset
+
+    def __init__(
+        self,
+        store: str | Path,
+        format: str | None = None,
+        root: str | Path | None = None,
+        phantom: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        size: int = 256,
+        crop: int | None = None,
+        rotate: float = 0.0,
+        contrast: float = 0.0,
+        batch_size: int = 144,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_bad: float = 0.01,
+    ):
+        super().__init__()
+        self.store_path, self.format, self.root = Path(store), format, None if root is None else Path(root)
+        self.phantom, self.options = phantom, options or {}
+        self.size, self.crop = size, crop or size
+        self.rotate, self.contrast = rotate, contrast
+        self.batch_size, self.seed, self.max_bad = batch_size, seed, max_bad
+        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers < 0 else num_workers
+        self.store: Any = None  # a Store, from setup on
+        self.rows: dict[str, np.ndarray] = {}
+        if batch_size < 2:
+            raise SistaError(f"data: batch_size is {batch_size}; a contrast needs at least 2 pairs")
+
+    def prepare_data(self) -> None:
+        """Draw the phantom and prepare the store, where they are not there yet; on one process of a node."""
+        if self.root is None or self.format is None:
+            if not (self.store_path / "store.json").is_file():
+                raise SistaError(
+                    f"data: {self.store_path} is no prepared store; set data.root and data.format to prepare it, or "
+                    "point data.store at one"
+                )
+            return
+        from sista_pl.data.formats import READERS
+        from sista_pl.data.prepare import prepare
+
+        if self.phantom is not None:
+            from sista_pl.data.phantom import write_mimic_cxr
+
+            write_mimic_cxr(self.root, **self.phantom)
+        release = READERS.build({"name": self.format, "root": self.root, **self.options})
+        if release.phantom and self.phantom is None:
+            raise SistaError(
+                f"data: {self.root} holds a phantom, but data.phantom is not set; a phantom and real data never mix"
+            )
+        prepare(release, self.store_path, size=self.size, max_bad=self.max_bad)
+
+    def setup(self, stage: str) -> None:
+        if self.store is not None:
+            return
+        self.store = Store.open(self.store_path)
+        if self.store.size != self.size:
+            raise SistaError(
+                f"data: {self.store_path} holds {self.store.size} px images but data.size is {self.size}; "
+                "one store per size: give another data.store"
+            )
+        self.rows = self.split()
+        need = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        for split in need:
+            if len(self.rows[split]) == 0:
+                counts = ", ".join(f"{name} {len(rows)}" for name, rows in self.rows.items())
+                raise SistaError(f"data: {self.store_path} has nothing in split {split!r} ({counts}); check the splits")
+
+    def split(self) -> dict[str, np.ndarray]:
+        """Return the rows of each split."""
+        splits = self.store.manifest["split"].to_numpy()
+        return {name: np.flatnonzero(splits == name) for name in ("train", "val", "test")}
+
+    def _loader(self, split: str, train: bool) -> ResumableLoader:
+        transform = transforms.build(self.size, self.crop, train, self.rotate, self.contrast)
+        sampler = EpochSampler(
+            self.rows[split], self.batch_size, train, self.seed, distributed.rank(), distributed.world_size()
+        )
+        return ResumableLoader(
+            self.dataset_class(self.store, transform, train), sampler, collate_fn=default_collate,
+            num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
+            # else the loader draws its workers' seeds from the global generator, and a resumed run differs
+            generator=torch.Generator().manual_seed(self.seed),
+        )  # fmt: skip
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader("train", True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader("val", False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self._loader("test", False)
+
+    def predict_dataloader(self) -> DataLoader:
+        # Lightning rebuilds the loader of a prediction from standard arguments, to track the rows
+        loader = self._loader("test", False)
+        rows = [place for batch in loader.batch_sampler for place in batch]
+        return DataLoader(loader.dataset, batch_size=self.batch_size, sampler=rows, num_workers=self.num_workers)

@@ -1,0 +1,95 @@
+"""Image-report pairs: which reports are equal, and how alike the others are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sista_pl.data.module import BaseDataModule, StoreDataset
+from sista_pl.data.similarity import Similarity, fit_similarity
+from sista_pl.errors import SistaError, did_you_mean
+
+
+class PairDataset(StoreDataset):
+    """Images with the id of their report's text; equal texts share an id."""
+
+    report_ids: np.ndarray
+
+    def sample(self, row: int) -> dict[str, Any]:
+        return {"report": int(self.report_ids[row])}
+
+
+class PairDataModule(BaseDataModule):
+    """Image-report pairs from a prepared store; pairs without a text are left out.
+
+    The report is its impression followed by its findings, as MGCA has it.
+
+    Args:
+        similarity: source of the report similarities, `findings`, `tfidf`, `{name: frozen_text, model: folder}`, or
+            null for none; fitted on the training reports, once, and kept beside the store.
+        calibration: `center` (unrelated reports have similarity 0) or `none`.
+        tokenizer_corpus: a CSV of more reports (columns `findings`, `impression`, or `report`) that a tokenizer
+            trained from scratch should see as well.
+        kwargs: see `BaseDataModule`.
+    """
+
+    dataset_class = PairDataset
+
+    def __init__(
+        self,
+        store: str | Path,
+        similarity: str | dict[str, Any] | None = "findings",
+        calibration: str = "center",
+        tokenizer_corpus: str | Path | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(store, **kwargs)
+        self.similarity_spec, self.calibration = similarity, calibration
+        self.tokenizer_corpus = tokenizer_corpus
+        self.reports: list[str] = []
+        self.report_ids = np.zeros(0, np.int64)
+        self.similarity: Similarity | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.store is not None:
+            return
+        super().setup(stage)
+        train = self.report_ids[self.rows["train"]]
+        if self.similarity_spec is not None and len(train):
+            cache = self.store_path.parent / "similarity"
+            self.similarity = fit_similarity(
+                self.reports, train, self.similarity_spec, self.calibration, cache=cache
+            )  # fmt: skip
+
+    def split(self) -> dict[str, np.ndarray]:
+        manifest = self.store.manifest
+        texts = (manifest["impression"].fillna("") + " " + manifest["findings"].fillna("")).str.strip()
+        ids, distinct = pd.factorize(texts)
+        self.report_ids, self.reports = ids.astype(np.int64), [str(text) for text in distinct]
+        present = (texts != "").to_numpy()
+        return {name: rows[present[rows]] for name, rows in super().split().items()}
+
+    def corpus(self) -> list[str]:
+        """Return the texts that a tokenizer may be trained on: training reports, and `tokenizer_corpus`."""
+        texts = [self.reports[i] for i in np.unique(self.report_ids[self.rows["train"]])]
+        if self.tokenizer_corpus is not None:
+            texts += _read_corpus(Path(self.tokenizer_corpus))
+        return texts
+
+    def _loader(self, split: str, train: bool):
+        loader = super()._loader(split, train)
+        loader.dataset.report_ids = self.report_ids
+        return loader
+
+
+def _read_corpus(path: Path) -> list[str]:
+    if not path.is_file():
+        raise SistaError(f"data: tokenizer_corpus {path} does not exist; give a CSV of reports, or leave it out")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    columns = [c for c in ("report", "impression", "findings") if c in table]
+    if not columns:
+        raise SistaError(f"data: {path} has no column of reports; {did_you_mean('findings', table.columns)}")
+    return [text for text in table[columns].agg(" ".join, axis=1).str.strip() if text]

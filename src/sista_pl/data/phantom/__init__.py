@@ -1,0 +1,28 @@
+"""The phantom: chest X-rays drawn from findings, with report, masks and boxes, in the layout of a real release."""
+
+from __future__ import annotations
+
+from sista_pl.data.phantom.film import Rendering, render
+from sista_pl.data.phantom.mimic import PHANTOM_VERSION, decode_rle, generator_hash, write_mimic_cxr
+from sista_pl.data.phantom.oracle import oracle_scores, recall_at
+from sista_pl.data.phantom.report import Report, stated, write_report
+from sista_pl.data.phantom.study import Finding, Patient, Study, draw_patient, draw_study
+
+__all__ = [
+    "PHANTOM_VERSION",
+    "Finding",
+    "Patient",
+    "Rendering",
+    "Report",
+    "Study",
+    "decode_rle",
+    "draw_patient",
+    "draw_study",
+    "generator_hash",
+    "oracle_scores",
+    "recall_at",
+    "render",
+    "stated",
+    "write_mimic_cxr",
+    "write_report",
+]

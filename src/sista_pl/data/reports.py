@@ -1,0 +1,87 @@
+"""The text of a report: bytes to text, text to sections, a section to one clean line."""
+
+from __future__ import annotations
+
+import re
+
+# The longest real reports have some 10 kB; a megabyte is a file that is no report.
+MAX_REPORT_BYTES = 1_000_000
+
+_SECTIONS = {
+    "FINDING": "findings",
+    "FINDINGS": "findings",
+    "FINDINGS AND IMPRESSION": "findings",
+    "FINDINGS/IMPRESSION": "findings",
+    "IMPRESSION": "impression",
+    "IMPRESSIONS": "impression",
+    "CONCLUSION": "impression",
+    "CONCLUSIONS": "impression",
+}
+# A header is any upper-case line start with a colon ("WET READ:" ends the findings), or one of ours in any case.
+_HEADER = re.compile(
+    rf"^[ \t]*((?:[A-Z][A-Z ()/,&-]{{2,60}})|(?i:{'|'.join(sorted(_SECTIONS, key=len, reverse=True))}))[ \t]*:",
+    re.MULTILINE,
+)
+_TITLE = re.compile(r"^[ \t]*(?:FINAL|WET|PRELIMINARY) (?:REPORT|READ)\b.*$", re.MULTILINE)
+_BLANK_LINES = re.compile(r"\n[ \t]*\n")
+_DEIDENTIFIED = re.compile(r"_{2,}")
+
+
+class BadReport(ValueError):
+    """A report that cannot be read; the message is the reason."""
+
+
+def decode(raw: bytes) -> str:
+    """Return the text of a report file: UTF-8 (with or without mark), else Windows-1252.
+
+    Raises:
+        BadReport: NUL bytes, bytes of neither encoding, or more than `MAX_REPORT_BYTES`.
+    """
+    if len(raw) > MAX_REPORT_BYTES:
+        raise BadReport(f"report of {len(raw)} bytes, more than {MAX_REPORT_BYTES}")
+    return decode_text(raw)
+
+
+def decode_text(raw: bytes) -> str:
+    """`decode` without the limit of length, for a whole table."""
+    if b"\0" in raw:
+        raise BadReport("not text: it has NUL bytes")
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            return raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise BadReport("neither UTF-8 nor Windows-1252")
+
+
+def clean(text: str) -> str:
+    """Return `text` in one line, without the `___` of de-identification; "" where no letter or digit is left.
+
+    Case, punctuation and every other character stay: what to lower or to split is the text encoder's business.
+    """
+    text = " ".join(_DEIDENTIFIED.sub(" ", text).split())
+    return text if any(c.isalnum() for c in text) else ""
+
+
+def split_sections(text: str) -> dict[str, str]:
+    """Cut a report, as MIMIC-CXR writes it, into its sections.
+
+    Returns:
+        cleaned "findings" ("FINDINGS AND IMPRESSION" too) and "impression" ("CONCLUSION" too), where they are not
+        empty; a repeated section is joined. Where neither is there: "last_paragraph", the text after the last blank
+        line, without its header. Empty dict for a report without a word.
+    """
+    text = _TITLE.sub("", text.replace("\r\n", "\n"))
+    headers = list(_HEADER.finditer(text))
+    sections: dict[str, str] = {}
+    ends = [header.start() for header in headers[1:]] + [len(text)]
+    for header, end in zip(headers, ends, strict=False):
+        name = _SECTIONS.get(header[1].strip().upper())
+        body = clean(text[header.end() : end])
+        if name and body:
+            sections[name] = f"{sections[name]} {body}" if name in sections else body
+    if not sections:
+        paragraphs = [clean(_HEADER.sub("", part, count=1)) for part in _BLANK_LINES.split(text)]
+        if last := next((p for p in reversed(paragraphs) if p), ""):
+            sections["last_paragraph"] = last
+    return sections

@@ -1,0 +1,133 @@
+"""The prepared store: a manifest and uint8 images at one size; manifest row i is image i."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sista_pl.errors import SistaError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+
+
+class Store:
+    """A folder that `sista data prepare` wrote.
+
+    An image is one positioned read: where the page cache does not hold the shards yet, random access is some ten
+    times faster than through a memory map, whose faults read ahead. Threads and forked workers may share a store;
+    a spawned worker gets the path and opens the shards itself.
+    Columns of the manifest: image_id, patient_id, study_id, view, split, findings, impression, `label_<finding>`
+    (1, 0, NaN), has_mask, boxes (JSON in pixels of the store, null where unknown), source.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any], digest: str):
+        self.path = path
+        self.info = info
+        self.hash = digest
+        self.size: int = info["size"]
+        self.name: str = info["name"]
+        self.version: str = info["version"]
+        self.phantom: bool = info["phantom"]
+        self.has_masks: bool = info["has_masks"]
+        self._ends: list[int] = list(accumulate(shard["rows"] for shard in info["shards"]))
+        self._files: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open a store; only `store.json` is read and the sizes of the files are compared.
+
+        Raises:
+            SistaError: no store there, one of another schema version, or a file that is missing or was cut.
+        """
+        path = Path(path)
+        try:
+            raw = (path / "store.json").read_bytes()
+        except OSError:
+            raise SistaError(f"{path}: not a prepared store; run `sista data prepare NAME --out {path}`") from None
+        try:
+            info = json.loads(raw)
+            schema = info["schema"]
+        except (ValueError, KeyError, TypeError):
+            raise SistaError(f"{path}/store.json: not readable; delete {path} and prepare it again") from None
+        if schema != SCHEMA:
+            raise SistaError(
+                f"{path}: store of schema version {schema}, this sista reads {SCHEMA}; "
+                f"{'delete it and prepare it again' if isinstance(schema, int) and schema < SCHEMA else 'update sista'}"
+            )
+        for name, file in info["files"].items():
+            size = (path / name).stat().st_size if (path / name).is_file() else "no"
+            if size != file["bytes"]:
+                raise SistaError(
+                    f"{path / name}: {size} bytes where store.json says {file['bytes']}; "
+                    f"delete {path} and prepare it again"
+                )
+        return cls(path, info, hashlib.sha256(raw).hexdigest())
+
+    @cached_property
+    def manifest(self) -> pd.DataFrame:
+        """One row an image; read at the first use."""
+        import pandas as pd
+
+        return pd.read_parquet(self.path / "manifest.parquet")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def image(self, index: int) -> np.ndarray:
+        """Return image `index` as (size, size) uint8."""
+        return self._read("images", index, np.empty((self.size, self.size), np.uint8))
+
+    def images(self, indices: Sequence[int]) -> np.ndarray:
+        """Return n images as (n, size, size) uint8."""
+        out = np.empty((len(indices), self.size, self.size), np.uint8)
+        for place, index in zip(out, indices, strict=True):
+            self._read("images", int(index), place)
+        return out
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask as (size, size) uint8: 0 background, 255 object, 127 ignore; all 127 without a mask.
+
+        Raises:
+            SistaError: no image of the store has one.
+        """
+        if not self.has_masks:
+            raise SistaError(f"{self.path}: this store has no masks; prepare a release that has some")
+        return self._read("masks", index, np.empty((self.size, self.size), np.uint8))
+
+    def _read(self, kind: str, index: int, out: np.ndarray) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of a store of {len(self)}")
+        shard = bisect_right(self._ends, index)
+        name = self.info["shards"][shard][kind]
+        if name not in self._files:
+            with (self.path / name).open("rb") as file:
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                start = file.tell()
+                descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, descriptor)
+            self._files[name] = descriptor, start
+        descriptor, start = self._files[name]
+        row = index - (self._ends[shard - 1] if shard else 0)
+        if os.preadv(descriptor, [out.data], start + row * out.nbytes) != out.nbytes:
+            raise OSError(f"{self.path / name}: ends before image {index}")
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**{k: v for k, v in self.__dict__.items() if k != "manifest"}, "_files": {}}
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {self.name} {self.version}, {len(self)} images of {self.size} px)"

@@ -1,0 +1,46 @@
+"""From a stored uint8 image to the encoder's input.
+
+No flip: left and right are findings. H W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from sista_pl.errors import SistaError
+
+# (x - 0.5) / 0.5, as MGCA does: [0, 255] → [-1, 1]
+MEAN, STD = 0.5, 0.5
+
+
+def build(size: int, crop: int, train: bool, rotate: float = 0.0, contrast: float = 0.0) -> v2.Compose:
+    """Return the transform from (1, size, size) uint8 to (1, crop, crop) float in [-1, 1].
+
+    Args:
+        size: side of the stored image in pixels.
+        crop: side of the crop; random in training, centred elsewhere.
+        train: whether to draw at random.
+        rotate: training only, largest rotation in degrees.
+        contrast: training only, largest relative change of brightness and of contrast, in [0, 1).
+
+    Raises:
+        SistaError: a crop larger than the stored image.
+    """
+    if not 1 <= crop <= size:
+        raise SistaError(f"data: crop is {crop} but the store holds {size} px images; crop <= size, or prepare again")
+    steps: list[torch.nn.Module] = []
+    if train and rotate:
+        steps.append(v2.RandomRotation(rotate, interpolation=v2.InterpolationMode.BILINEAR))
+    steps.append(v2.RandomCrop(crop) if train else v2.CenterCrop(crop))
+    if train and contrast:
+        steps.append(v2.ColorJitter(brightness=contrast, contrast=contrast))
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([MEAN], [STD])])
+
+
+def seeded(transform: v2.Compose, image: Tensor, seed: int) -> Tensor:
+    """Apply a random transform as a pure function of (image, seed); the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transform(image)

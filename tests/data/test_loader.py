@@ -1,0 +1,86 @@
+"""Batches are a pure function of seed, epoch and rank, and go on where they were."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from sista_pl.data import transforms
+from sista_pl.data.loader import EpochSampler, ResumableLoader
+from sista_pl.errors import SistaError
+
+
+class Echo(Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, place):
+        return torch.tensor(place)
+
+
+def rows(sampler):
+    return [row for batch in sampler for row, _ in batch]
+
+
+def test_ranks_share_an_epoch_without_overlap():
+    samplers = [EpochSampler(np.arange(50), 5, True, seed=1, rank=r, world=3) for r in range(3)]
+    seen = [rows(s) for s in samplers]
+    assert len({len(s) for s in seen}) == 1
+    together = [row for rank in seen for row in rank]
+    assert len(set(together)) == len(together)
+    assert rows(samplers[0]) == seen[0]
+    samplers[0].set_epoch(1)
+    assert rows(samplers[0]) != seen[0]
+
+
+def test_evaluation_sees_every_row_on_every_number_of_ranks():
+    for world in (1, 2, 3):
+        seen = [rows(EpochSampler(np.arange(10, 60), 8, False, rank=r, world=world)) for r in range(world)]
+        assert {row for rank in seen for row in rank} == set(range(10, 60))
+        assert len({len(s) for s in seen}) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restarted_epoch_goes_on_where_it_was(workers):
+    def loader():
+        loader = ResumableLoader(
+            Echo(), EpochSampler(np.arange(50), 5, True, seed=2), num_workers=workers,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        loader.batch_sampler.set_epoch(3)
+        return loader
+
+    whole = [batch.tolist() for batch in loader()]
+    first = loader()
+    iterator = iter(first)
+    head = [next(iterator).tolist() for _ in range(4)]
+    state = first.state_dict()
+    assert state == {"batches": 4}, "what the workers have prefetched does not count"
+    second = loader()
+    second.load_state_dict(state)
+    assert len(second) == 10, "the length stays that of the epoch: Lightning adds what it has consumed"
+    assert head + [batch.tolist() for batch in second] == whole
+    assert [batch.tolist() for batch in second] == whole, "the next pass is whole again"
+
+
+def test_fewer_rows_than_a_batch():
+    with pytest.raises(SistaError, match=r"lower data\.batch_size"):
+        EpochSampler(np.arange(7), 8, True)
+
+
+def test_augmentation_is_a_function_of_its_seed_and_leaves_the_global_generator():
+    image = torch.randint(0, 256, (1, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = transforms.build(40, 32, train=True, rotate=10, contrast=0.3)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b, c = (transforms.seeded(transform, image, seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert a.shape == (1, 32, 32)
+    assert -1 <= a.min() < a.max() <= 1
+
+
+def test_crop_larger_than_the_store():
+    with pytest.raises(SistaError, match="crop is 64 but the store holds 32"):
+        transforms.build(32, 64, train=True)

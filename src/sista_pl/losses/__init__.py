@@ -1,0 +1,11 @@
+"""Loss components, one subject a file; a method is a weighted sum of them, written in YAML.
+
+A loss is a module whose `forward(pair)` returns `(loss, diagnostics)`: a scalar in fp32 and a dict of detached
+scalars to log. It gathers over ranks inside `forward`.
+"""
+
+from sista_pl.registry import Registry
+
+LOSSES = Registry("loss")
+
+from sista_pl.losses import instance, token  # noqa: E402, F401  registration

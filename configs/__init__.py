@@ -1,0 +1,1 @@
+"""Packaged configurations: `sista fit --config pretrain.yaml` finds them by name."""

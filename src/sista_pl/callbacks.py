@@ -1,0 +1,216 @@
+"""What happens around training: run folder, exact resume, one picture an epoch, results at the end."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import MLFlowLogger
+from rich.console import Console
+
+from sista_pl import tracking
+from sista_pl.distributed import rank, world_size
+from sista_pl.errors import SistaError
+from sista_pl.runs import CHECKPOINTS, new_run
+
+PHANTOM = "PHANTOM DATA: drawn by a program, no patient"
+
+
+class RunFolder(Callback):
+    """Gives a `fit` its folder `<root>/<name>/<number>`, puts checkpoints there, and records what it was made of.
+
+    Args:
+        root: folder of all runs.
+        name: of the configuration.
+        config: the run's configuration as YAML.
+        resumed: the folder of the run that goes on, or None for a new one.
+        privacy: `local_only` or `allow_patient_data`.
+    """
+
+    def __init__(self, root: Path, name: str, config: str, resumed: Path | None = None, privacy: str = "local_only"):
+        self.root, self.name, self.config, self.resumed, self.privacy = root, name, config, resumed, privacy
+        self.path: Path | None = None
+
+    def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        trainer.sista_privacy = self.privacy
+        store = getattr(trainer.datamodule, "store", None)
+        if store is not None and store.phantom and trainer.is_global_zero:
+            Console(stderr=True).print(f"[bold yellow]{PHANTOM}[/]")
+        if self.path is None:
+            path = self.resumed
+            if path is None and trainer.is_global_zero:
+                path = new_run(self.root, self.name)
+            self.path = Path(trainer.strategy.broadcast(str(path)))
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self.path / CHECKPOINTS).resolve())
+        if stage == "fit" and trainer.is_global_zero:
+            (self.path / "config.yaml").write_text(self.config)
+
+    def on_fit_start(self, trainer: Trainer, task: LightningModule) -> None:
+        tracking.record_run(trainer, self.path / "config.yaml", self.name)
+        if isinstance(trainer.logger, MLFlowLogger) and trainer.is_global_zero:
+            (self.path / "mlflow_run_id").write_text(str(trainer.logger.run_id))
+
+
+class ExactResume(Callback):
+    """Stores every rank's random state, so that a resumed run draws what the uninterrupted one would have drawn.
+
+    The order of the data and its augmentation need no state: they are functions of seed, epoch and rank.
+    """
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        state = _random_state()
+        states: list[Any] = [state] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(states, state)
+        return {"states": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.states = state["states"]
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        if self.states:
+            if len(self.states) != world_size():
+                raise SistaError(
+                    f"resume: the checkpoint was written by {len(self.states)} process(es), this run has "
+                    f"{world_size()}; resume with the same number"
+                )
+            _set_random_state(self.states[rank()])
+            self.states = []
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  the global state is what we keep
+    version, internal, normal = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), normal],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, internal, normal = state["python"]
+    random.setstate((version, tuple(internal), normal))
+
+
+class Results(Callback):
+    """Keeps the figures of each epoch, writes metrics.json, and says at the end where the encoder is.
+
+    Args:
+        folder: the `RunFolder` of the run.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history, self.best = state["history"], state["best"]
+
+    def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        figures = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **figures})
+        score, sign = figures.get(str(task.monitor)), 1 if task.mode == "max" else -1
+        if score is not None and (not self.best or sign * score > sign * self.best["score"]):
+            self.best = {"score": score, "epoch": trainer.current_epoch, "step": trainer.global_step,
+                         "figures": {k: v for k, v in figures.items() if k.startswith("val/")},
+                         "intervals": task.report("val")}  # fmt: skip
+
+    def on_fit_end(self, trainer: Trainer, task: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write(trainer, task, {"best": self.best, "history": self.history})
+            self._publish(trainer)
+
+    def on_test_end(self, trainer: Trainer, task: LightningModule) -> None:
+        if trainer.is_global_zero:
+            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+            path = self._write(trainer, task, {"test": figures, "intervals": task.report("test")}, "test_metrics.json")
+            Console().print(f"metrics: {path}", soft_wrap=True)
+
+    def on_predict_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
+        """Write what `predict_step` returned, a mapping of (B, …) tensors with `index`, one row a sample."""
+        batches = trainer.predict_loop.predictions
+        columns = {key: torch.cat([batch[key] for batch in batches]).cpu() for key in batches[0]}
+        rows = columns.pop("index").numpy()
+        table = pd.DataFrame({"image_id": trainer.datamodule.store.manifest["image_id"].to_numpy()[rows]})
+        for key, values in columns.items():
+            table[key] = list(values.float().numpy())
+        path = self.folder.path / f"predictions-{rank()}.parquet" if world_size() > 1 else None
+        path = path or self.folder.path / "predictions.parquet"
+        partial = path.with_suffix(".partial")
+        table.drop_duplicates("image_id").to_parquet(partial)
+        partial.replace(path)
+        Console().print(f"predictions: {path}", soft_wrap=True)
+
+    def _write(self, trainer: Trainer, task: LightningModule, figures: dict, name: str = "metrics.json") -> Path:
+        path = self.folder.path / name
+        facts = {"config": self.folder.name, "monitor": task.monitor, **_data_facts(trainer), "seed": _seed(),
+                 "devices": trainer.world_size, "precision": str(trainer.precision),
+                 "versions": tracking.versions()}  # fmt: skip
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(facts | figures, indent=2, default=tracking.describe) + "\n")
+        partial.replace(path)
+        tracking.publish(trainer, path)
+        return path
+
+    def _publish(self, trainer: Trainer) -> None:
+        from sista_pl.weights import export_timm, load_encoder
+
+        best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "")
+        out = Console()
+        if not best.is_file():
+            out.print("no checkpoint was written; turn trainer.enable_checkpointing on to keep the encoder")
+            return
+        tracking.publish(trainer, best, CHECKPOINTS)
+        if "image_encoder" in trainer.lightning_module.hparams:
+            size = trainer.lightning_module.hparams.image_size
+            exported = export_timm(load_encoder(best), self.folder.path / "encoder", size)
+            shown = best.relative_to(Path.cwd()) if best.is_relative_to(Path.cwd()) else best
+            timm = f" (timm weights: {exported}/model.safetensors)" if exported else ""
+            out.print(f"encoder: {shown}{timm}", soft_wrap=True)
+        out.print(f"metrics: {self.folder.path}/metrics.json", soft_wrap=True)
+        out.print(f"next:    sista test --config {self.folder.name}    # or: mlflow ui --backend-store-uri "
+                  "sqlite:///mlflow.db", soft_wrap=True, highlight=False)  # fmt: skip
+
+
+def _data_facts(trainer: Trainer) -> dict[str, Any]:
+    store = getattr(trainer.datamodule, "store", None)
+    if store is None:
+        return {}
+    rows = {name: len(r) for name, r in trainer.datamodule.rows.items()}
+    similarity = getattr(trainer.datamodule, "similarity", None)
+    return {"phantom": PHANTOM if store.phantom else False,
+            "data": {"source": f"{store.name} {store.version}", "hash": store.hash, "rows": rows,
+                     "similarity": similarity.report() if similarity is not None else None}}  # fmt: skip
+
+
+def _seed() -> int | None:
+    import os
+
+    value = os.environ.get("PL_GLOBAL_SEED")
+    return int(value) if value else None

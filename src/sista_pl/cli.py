@@ -1,0 +1,72 @@
+"""The `sista` command. Verbs that need no Trainer are dispatched here, before Lightning is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from sista_pl.errors import SistaError, did_you_mean
+
+TRAINER_VERBS = {
+    "fit": "train a task",
+    "validate": "run the validation split",
+    "test": "run the test split",
+    "predict": "predict without labels",
+}
+LIGHT_VERBS = {
+    "data": ("sista_pl.commands.data", "draw a phantom, prepare and look at data"),
+    "bench": ("sista_pl.commands.bench", "what the losses cost beside the encoders"),
+    "list": ("sista_pl.commands.list", "what is installed: tasks, encoders, losses, datasets, configs, runs"),
+}
+HELP = """usage: sista VERB ...
+
+{verbs}
+
+first steps:
+  sista fit --config pretrain.yaml               pre-train on a drawn phantom, no data needed
+  sista list configs                             the packaged configurations
+  sista fit --config pretrain.yaml --data.root /data/mimic-cxr-jpg ...   see `sista fit --help`
+`sista VERB --help` tells more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit code: 0, or 2 for a user's mistake, told in one line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except SistaError as why:
+        print(f"sista: {why}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sista: interrupted", file=sys.stderr)
+        return 130
+
+
+def console() -> None:
+    """Entry point of the `sista` script."""
+    sys.exit(main())
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    verb, *rest = argv
+    if verb == "--version":
+        print(f"sista {version('sista-pl')}")
+        return 0
+    if verb in LIGHT_VERBS:
+        run: Callable[[list[str]], int] = import_module(LIGHT_VERBS[verb][0]).main
+        return run(rest)
+    if verb in TRAINER_VERBS:
+        from sista_pl.lightning_cli import run_trainer
+
+        return run_trainer(argv)
+    raise SistaError(f"unknown verb {verb!r}; {did_you_mean(verb, [*TRAINER_VERBS, *LIGHT_VERBS])}")
+
+
+def _help() -> str:
+    verbs = TRAINER_VERBS | {name: text for name, (_, text) in LIGHT_VERBS.items()}
+    return HELP.format(verbs="\n".join(f"  {name:<9} {text}" for name, text in verbs.items()))

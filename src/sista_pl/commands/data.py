@@ -1,0 +1,173 @@
+"""`sista data`: make, convert and look at data; needs neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sista_pl.errors import SistaError
+
+_EPILOG = """\
+From nothing to a store, without any data of your own:
+  sista data phantom --out raw/phantom --studies 500
+  sista data prepare mimic_cxr --root raw/phantom --out stores/phantom
+  sista data show stores/phantom
+
+MIMIC-CXR-JPG, with mimic-cxr-reports.zip in or beside it:
+  sista data prepare mimic_cxr --root physionet.org/files/mimic-cxr-jpg/2.1.0 --out stores/mimic --workers 8
+
+Your own images and reports, one table of paths and texts:
+  sista data prepare table --root studies.csv --out stores/ours \\
+    --option columns.image=path --option columns.report=text --option columns.patient=patient
+"""
+_PREPARE_EPILOG = """\
+A run that was stopped goes on where it was when the same command is given again.
+
+Options of a reader are written KEY=VALUE, the value as YAML:
+  mimic_cxr   reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
+  table       table=FILE  columns.image=COLUMN … images=FOLDER  where.COLUMN=VALUE  require_report=false  seed=0
+Example:
+  sista data prepare table --root data --out stores/ours --option table=studies.csv --option where.projection=frontal
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run `sista data …`; `sista data similarity …` has a parser of its own.
+
+    Raises:
+        SistaError: a mistake of the user.
+    """
+    if argv[:1] == ["similarity"]:
+        from sista_pl.commands.similarity import main as similarity
+
+        return similarity(argv[1:])
+    arguments = vars(_parser().parse_args(argv))
+    arguments.pop("run")(**arguments)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "sista data", description="Make, convert and look at data.", epilog=_EPILOG, formatter_class=raw
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    phantom = verbs.add_parser("phantom", help="draw chest X-rays with reports, in the layout of MIMIC-CXR-JPG")
+    phantom.add_argument("--out", type=Path, required=True, help="folder to write")
+    phantom.add_argument("--studies", type=int, default=500, help="number of studies (default: %(default)s)")
+    phantom.add_argument("--seed", type=int, default=0, help="another seed, other studies (default: %(default)s)")
+    phantom.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
+    phantom.add_argument("--workers", type=int, default=0, help="parallel workers (default: %(default)s)")
+    phantom.set_defaults(run=_phantom)
+
+    prepare = verbs.add_parser(
+        "prepare", help="convert a raw release to a store, once", epilog=_PREPARE_EPILOG, formatter_class=raw
+    )
+    prepare.add_argument("name", metavar="NAME", help="the format: mimic_cxr, table, or that of a plug-in")
+    prepare.add_argument("--root", type=Path, required=True, help="folder (or table) of the raw release")
+    prepare.add_argument("--out", type=Path, required=True, help="folder of the store")
+    prepare.add_argument("--size", type=int, default=256, help="side of the stored images (default: %(default)s)")
+    prepare.add_argument("--workers", type=int, default=0, help="decoding threads (default: %(default)s)")
+    prepare.add_argument(
+        "--max-bad", type=float, default=0.01, help="share of unreadable images to live with (default: %(default)s)"
+    )
+    prepare.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", dest="options", help="an option of the reader"
+    )
+    prepare.set_defaults(run=_prepare)
+
+    verbs.add_parser("similarity", help="how alike the reports of a store are (see its own --help)", add_help=False)
+
+    show = verbs.add_parser("show", help="counts, splits, texts and labels of a store")
+    show.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _phantom(out: Path, studies: int, seed: int, size: int, workers: int) -> None:
+    from sista_pl.data.phantom import write_mimic_cxr
+
+    write_mimic_cxr(out, studies, seed, size, workers)
+    print(f"{studies} phantom studies in {out}; next: sista data prepare mimic_cxr --root {out} --out {out}-store")
+
+
+def _prepare(name: str, root: Path, out: Path, size: int, workers: int, max_bad: float, options: list[str]) -> None:
+    from sista_pl.data.formats import READERS
+    from sista_pl.data.prepare import prepare
+
+    release = READERS.build({"name": name, "root": root, **_parse(options)})
+    if release.phantom:
+        print("PHANTOM DATA: drawn, not taken from patients")
+    print(f"{release.version}: {len(release.rows)} images, {len(release.skipped)} left out")
+    store = prepare(release, out, size=size, workers=workers, max_bad=max_bad, progress=sys.stderr.isatty())
+    counts = ", ".join(f"{count} {split}" for split, count in store.info["counts"].items())
+    print(f"{out}: {len(store)} images ({counts}), {store.info['skipped']} left out, listed in {out}/skipped.csv")
+
+
+def _parse(options: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, KEY.INNER=VALUE to a dict of YAML values."""
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise SistaError(f"--option {option}: no KEY=VALUE; write for example --option labels=negbio")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise SistaError(f"--option {option}: the value is no YAML; put it in quotes") from None
+        outer, dot, inner = key.partition(".")
+        if dot:
+            group = parsed.setdefault(outer, {})
+            if not isinstance(group, dict):
+                raise SistaError(f"--option {option}: {outer} has a plain value already; give one of the two")
+            group[inner] = value
+        else:
+            parsed[key] = value
+    return parsed
+
+
+def _show(store: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sista_pl.data.store import Store
+
+    opened = Store.open(store)
+    rows = opened.manifest
+    gigabytes = sum(file["bytes"] for file in opened.info["files"].values()) / 1e9
+    console = Console()
+    if opened.phantom:
+        console.print("PHANTOM DATA: drawn, not taken from patients", style="bold")
+    console.print(
+        f"{store}: {opened.name} {opened.version}, {len(opened)} images of {opened.size} px, {gigabytes:.3g} GB"
+    )
+    console.print(f"left out {opened.info['skipped']}, written by {opened.info['created_by']}, hash {opened.hash[:12]}")
+
+    splits = Table("split", "images", "studies", "patients", "texts", "distinct", "masks", "boxes")
+    for split, part in [*((name, rows[rows["split"] == name]) for name in opened.info["counts"]), ("all", rows)]:
+        text = part["findings"] + "\n" + part["impression"]
+        written = text[text != "\n"]
+        counts = [len(part), part["study_id"].nunique(), part["patient_id"].nunique()]
+        counts += [len(written), written.nunique(), int(part["has_mask"].sum()), int(part["boxes"].notna().sum())]
+        splits.add_row(split, *map(str, counts))
+    console.print(splits)
+    views = Counter(view or "unknown" for view in rows["view"])
+    console.print("views: " + ", ".join(f"{view} {count}" for view, count in views.most_common()))
+
+    labels = [name for name in rows.columns if name.startswith("label_")]
+    if labels:
+        table = Table("label", "present", "absent", "unknown", "prevalence where known")
+        for name in labels:
+            known = rows[name].dropna()
+            share = f"{known.mean():.3f}" if len(known) else "-"
+            present = int((known == 1).sum())
+            table.add_row(
+                name.removeprefix("label_"), *map(str, (present, len(known) - present, len(rows) - len(known))), share
+            )
+        console.print(table)

@@ -1,0 +1,240 @@
+"""`sista fit | validate | test | predict`: LightningCLI with packaged configurations and one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, set_parsing_settings
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from sista_pl import packaged, plugins, runs
+from sista_pl.allocator import keep_memory
+from sista_pl.callbacks import ExactResume, Results, RunFolder
+from sista_pl.data.module import BaseDataModule
+from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its short name
+from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.task import BaseTask
+from sista_pl.tracking import check_destination
+
+LOGGER = {
+    "class_path": "pytorch_lightning.loggers.MLFlowLogger",
+    "init_args": {
+        "experiment_name": "sista",
+        # mlflow refuses its own default, a folder of files
+        "tracking_uri": "${oc.env:MLFLOW_TRACKING_URI,sqlite:///mlflow.db}",
+    },
+}
+
+# Warnings of Lightning's about what we do on purpose.
+NOISE = (
+    "MLFlow only allows",
+    "You have overridden `on_before_batch_transfer`",
+    ".*does not have many workers",
+    ".*isinstance.treespec",
+    ".*callbacks used to create the checkpoint",
+    "The number of training batches",
+)
+
+
+class PackagedConfig(ActionConfigFile):
+    """`--config NAME`: a file, or a packaged configuration of that name."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        super().__call__(parser, cfg, str(packaged.find(values)), option_string)
+
+
+class Parser(LightningArgumentParser):
+    """jsonargparse's parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise mistake_in(ex) or SistaError(explain(message))
+
+
+def mistake_in(error: BaseException | None) -> SistaError | None:
+    """Return the user's mistake that an error was raised from: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, SistaError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def explain(message: str) -> str:
+    """Turn jsonargparse's paragraph into one line that names the key, the reason and the nearest known name."""
+    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip(" -\t")]
+    key = next((m[1] for line in lines if (m := re.search(r'(?:Parser key|key) "([^"]+)"', line))), None)
+    if match := re.search(
+        r"(?:Key|Option|Option name) '([^']+)' (?:is not expected|not found|is not accepted)", message
+    ):
+        return f"configuration: unknown key {match[1]!r}{_in(key)}; `sista fit --help` lists the keys"
+    if match := re.search(r"Expected a dot import path string: ([\w.]+)", message) or re.search(
+        r"(?:No module named|Import path|class_path:?) ['\"]?([\w.]+)", message
+    ):
+        near = did_you_mean(match[1].rsplit(".", 1)[-1], _classes())
+        return f"configuration: unknown class {match[1]!r}{_in(key)}; {near}"
+    detail = lines[-1] if lines else "can't be parsed"
+    first = lines[0] if lines else ""
+    text = detail if first == detail else f"{first} {detail}".strip()
+    return f"configuration: {text[:400]}; see `sista fit --help`"
+
+
+def _in(key: str | None) -> str:
+    return f" in {key!r}" if key else ""
+
+
+def _classes() -> list[str]:
+    found: list[str] = []
+    todo: list[type] = [BaseTask, BaseDataModule]
+    while todo:
+        cls = todo.pop()
+        found.append(cls.__name__)
+        todo += cls.__subclasses__()
+    return [name for name in found if not name.startswith("Base")]
+
+
+class SistaCLI(LightningCLI):
+    """Wires a task, a data module and a Trainer from YAML.
+
+    Its own keys beside Lightning's: `name` of the run (the first configuration's name), `run_root`, `privacy`,
+    `checkpoint_every`.
+    """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=PackagedConfig,
+            help="configuration: a file, or the name of a packaged one (`sista list configs`); later ones override",
+        )  # fmt: skip
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="of the run; default: the configuration's")
+        parser.add_argument("--run_root", type=str, default="runs", help="folder of all runs")
+        parser.add_argument(
+            "--privacy", type=Literal["local_only", "allow_patient_data"], default="local_only",
+            help="whether pictures and report texts may go to a tracker on another machine",
+        )  # fmt: skip
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=100, help="training steps between two last.ckpt, to resume from"
+        )
+        parser.set_defaults({"trainer.logger": LOGGER, "trainer.use_distributed_sampler": False,
+                             "trainer.num_sanity_val_steps": 0})  # fmt: skip
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: a checkpoint brings weights; the configuration says what is built.
+
+        Lightning 2.6 would let the checkpoint's hyper-parameters silently beat the command line here.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.run_name = config.name or _first_config(sys.argv[1:])
+        root, wanted = Path(config.run_root), config.get("ckpt_path")
+        self.resumed: Path | None = None
+        if self.subcommand == "fit" and wanted is None:
+            pass
+        elif wanted in (None, "best", "last"):
+            which = wanted or "best"
+            config.ckpt_path = str(runs.find_checkpoint(root, self.run_name, which))
+            print(f"checkpoint: {config.ckpt_path}")
+        elif not Path(wanted).is_file():
+            raise SistaError(f"--ckpt_path {wanted}: no such file; write best, last, or a file of `sista list runs`")
+        if config.ckpt_path is not None:
+            from sista_pl.weights import read_checkpoint
+
+            read_checkpoint(config.ckpt_path)
+            self.resumed = runs.run_of(Path(config.ckpt_path))
+        self._check_tracking(config)
+
+    def _check_tracking(self, config: Any) -> None:
+        """Refuse a tracker elsewhere, and let a resumed or tested run go on in its own MLflow run."""
+        logger = config.trainer.logger
+        if not getattr(logger, "class_path", "").endswith("MLFlowLogger"):
+            return
+        check_destination(logger.init_args.tracking_uri, config.privacy)
+        path = self.resumed / "mlflow_run_id" if self.resumed else None
+        if path is not None and path.is_file():
+            logger.init_args.run_id = path.read_text().strip()
+        elif logger.init_args.get("run_name") is None:
+            logger.init_args.run_name = self.run_name
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand]
+        dump = self._parser(self.subcommand).dump(config, skip_none=False)
+        folder = RunFolder(Path(config.run_root), self.run_name, dump, self.resumed, config.privacy)
+        callbacks: list[Any] = [folder, ExactResume(), Results(folder)]
+        if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
+            common: dict[str, Any] = {"auto_insert_metric_name": False, "enable_version_counter": False}
+            callbacks += [
+                ModelCheckpoint(filename="best", monitor=self.model.monitor, mode=self.model.mode, **common),
+                ModelCheckpoint(filename="last", every_n_train_steps=config.checkpoint_every, **common),
+                ModelCheckpoint(filename="last", every_n_epochs=1, **common),
+            ]
+        callbacks += self.model.callbacks()
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+
+def run_trainer(argv: Sequence[str]) -> int:
+    """Parse and run one of fit, validate, test, predict."""
+    keep_memory()
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    plugins.load()
+    verbs = {verb: {"parser_mode": "omegaconf+"} for verb in ("fit", "validate", "test", "predict")}
+    # Lightning starts the other ranks of a node with sys.argv, and warns where it is given arguments beside it
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_useful)
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", noise)
+    before, sys.argv = sys.argv, [sys.argv[0], *_packaged_groups(argv)]
+    try:
+        SistaCLI(
+            BaseTask, BaseDataModule, subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None,
+            auto_configure_optimizers=False, seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "sista", **verbs},
+        )  # fmt: skip
+    except SystemExit as stop:  # --help and --print_config
+        return int(stop.code or 0)
+    except yaml.YAMLError as why:
+        raise SistaError(f"configuration: not YAML: {' '.join(str(why).split())[:200]}; check that place") from why
+    except Exception as why:
+        mistake = mistake_in(why)
+        if mistake is None or mistake is why:
+            raise
+        raise mistake from None
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _useful(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's tells the user something: no advertisements, no list of absent devices."""
+    return not record.getMessage().startswith(("💡", "TPU available", "GPU available: False"))
+
+
+def _first_config(argv: Sequence[str]) -> str:
+    """Return the stem of the first `--config`; jsonargparse does not keep it."""
+    for i, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            return Path(value or argv[i + 1]).stem
+    return "run"
+
+
+def _packaged_groups(argv: Sequence[str]) -> list[str]:
+    """Let `--data NAME.yaml` (model, trainer) name a packaged file, as `--config` does."""
+    groups = ("--data", "--model", "--trainer")
+    found = list(argv)
+    for i, argument in enumerate(found):
+        option, equals, value = argument.partition("=")
+        if option in groups and equals and value.endswith(".yaml"):
+            found[i] = f"{option}={packaged.find(value)}"
+        elif argument.endswith(".yaml") and i and found[i - 1] in groups:
+            found[i] = str(packaged.find(argument))
+    return found

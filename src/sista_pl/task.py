@@ -1,0 +1,147 @@
+"""The base of every task: what differs is models, losses, metrics and one `step`; the rest is written once here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from sista_pl import optim
+from sista_pl.errors import SistaError
+from sista_pl.losses import LOSSES
+from sista_pl.registry import Spec
+
+
+@dataclass
+class Step:
+    """What one batch gives.
+
+    Args:
+        losses: unweighted component by name; the task's `weights` sum them.
+        logs: detached scalars to log beside them.
+        outputs: keyword arguments of the metrics' `update`.
+        size: number of samples, the weight of this batch in an epoch's mean.
+    """
+
+    losses: dict[str, Tensor]
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    size: int = 1
+
+
+class BaseTask(LightningModule):
+    """A LightningModule of four hooks: `configure_models`, `configure_losses`, `configure_metrics` and `step`.
+
+    Args:
+        losses: `{component: {name: registered loss, weight: 1.0, …its arguments}}`; the task's loss is the weighted
+            sum. Which names there are: `sista list losses`.
+        lr: peak learning rate of AdamW.
+        weight_decay: on matrices and kernels; never on biases, norms and scalars.
+        warmup: share of all steps with a linearly rising rate, then a cosine to zero.
+    """
+
+    # the metric that "best" means, and its direction
+    monitor = "val/loss"
+    mode = "min"
+
+    def __init__(
+        self,
+        losses: Mapping[str, Any],
+        lr: float = 2e-5,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+    ):
+        super().__init__()
+        if not losses:
+            raise SistaError("model: no losses; give at least one, as in `losses: {instance: {name: clip}}`")
+        self.loss_specs = {name: _plain(spec) for name, spec in losses.items()}
+        self.weights = {name: spec.pop("weight", 1.0) for name, spec in self.loss_specs.items()}
+        for name, weight in self.weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+                raise SistaError(f"loss {name!r}: weight is {weight!r}; give a number >= 0")
+        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.losses = nn.ModuleDict()
+        self.metrics: dict[str, Metric] = {}
+
+    def build(self) -> None:
+        """Call the configure hooks; a subclass calls it at the end of its constructor."""
+        self.configure_models()
+        self.configure_losses()
+        self.configure_metrics()
+
+    def configure_models(self) -> None:
+        """Build encoders and heads as attributes."""
+
+    def configure_losses(self) -> None:
+        """Build the loss components by name."""
+        self.losses.update({name: LOSSES.build(spec) for name, spec in self.loss_specs.items()})
+
+    def configure_metrics(self) -> None:
+        """Fill `self.metrics` with a metric for each stage, `val` and `test`, each an attribute too."""
+
+    def step(self, batch: dict[str, Any]) -> Step:
+        """Encode a batch and compute its losses: the one method that says what the task is."""
+        raise NotImplementedError("a task defines step(batch) -> Step")
+
+    def callbacks(self) -> list[Callback]:
+        """Return what the task adds to the Trainer's callbacks: its pictures, usually."""
+        return []
+
+    def report(self, stage: str) -> dict[str, Any]:
+        """Return the stage's figures as plain numbers and intervals for metrics.json, beyond what is logged."""
+        return {}
+
+    def configure_optimizers(self):
+        return optim.adamw(self, self.lr, self.weight_decay, self.warmup, self.trainer.estimated_stepping_batches)
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        return self._run("train", batch)
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        self._run("val", batch)
+
+    def test_step(self, batch: dict[str, Any], index: int) -> None:
+        self._run("test", batch)
+
+    def _run(self, stage: str, batch: dict[str, Any]) -> Tensor:
+        step = self.step(batch)
+        total = torch.stack([self.weights[name] * loss for name, loss in step.losses.items()]).sum()
+        train = stage == "train"
+        logs = {f"{stage}/loss/{name}": loss.detach() for name, loss in step.losses.items()}
+        logs |= {f"{stage}/{name}": value for name, value in step.logs.items()}
+        common: dict[str, Any] = {"on_step": train, "on_epoch": not train, "batch_size": step.size}
+        self.log(f"{stage}/loss", total.detach(), prog_bar=True, sync_dist=not train, **common)
+        self.log_dict(logs, sync_dist=not train, **common)
+        if stage in self.metrics:
+            self.metrics[stage].update(**step.outputs)
+        return total
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        if stage in self.metrics:
+            figures = self.metrics[stage].compute()
+            self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, rank_zero_only=False)
+            self.log_progress(stage, figures)
+            self.metrics[stage].reset()
+
+    def log_progress(self, stage: str, figures: Mapping[str, Tensor]) -> None:
+        """Hook: what of the stage's figures belongs on the progress bar or into `report`."""
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        if self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+
+def _plain(spec: Spec) -> dict[str, Any]:
+    return {"name": spec} if isinstance(spec, str) else dict(spec)

@@ -1,0 +1,151 @@
+"""The command: light verbs stay light, configurations are found by name, mistakes are one line and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from sista_pl import packaged
+from sista_pl.cli import main
+from sista_pl.errors import SistaError
+from sista_pl.lightning_cli import explain
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    "argv", [["list", "tasks"], ["list", "configs"], ["list", "datasets"], ["--help"], ["--version"]]
+)
+def test_light_verbs_import_neither_lightning_nor_torch(argv):
+    code = (
+        "import sys; from sista_pl.cli import main; code = main(sys.argv[1:]); "
+        "heavy = [m for m in ('torch', 'pytorch_lightning', 'mlflow') if m in sys.modules]; "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "sista_pl", "list", "tasks"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("pretrain")
+
+
+def test_list_names_what_can_be_written_in_yaml(capsys):
+    code, out, _ = run(capsys, "list")
+    assert code == 0
+    for name in ("pretrain", "small-bert", "clip", "sia", "sta", "mimic_cxr", "table", "pretrain.yaml"):
+        assert name in out
+    assert "vit_small_patch16_224" in run(capsys, "list", "encoders", "--match", "vit_small")[1]
+
+
+@pytest.mark.parametrize("name", packaged.names())
+def test_every_packaged_configuration_is_found_with_and_without_its_ending(name):
+    assert packaged.find(name) == packaged.find(name.removesuffix(".yaml"))
+
+
+def overlay(name: str) -> list[str]:
+    """The command-line part that puts a packaged file into `pretrain.yaml`."""
+    if name == "pretrain.yaml":
+        return []
+    group = name.split("/")[0]
+    return [f"--{group}", name] if group in ("data", "trainer") else ["--config", name]
+
+
+@pytest.mark.parametrize("name", packaged.names())
+def test_every_packaged_configuration_parses(name, capsys, workdir):
+    code, out, err = run(capsys, "fit", "--config", "pretrain.yaml", *overlay(name), "--print_config")
+    assert code == 0, err
+    config = yaml.safe_load(out)
+    assert config["model"]["class_path"].endswith("PretrainTask")
+    if name.startswith("data/"):
+        assert ("phantom" in name) == bool(config["data"]["init_args"]["phantom"]), "a phantom is never silent"
+
+
+def test_the_command_line_wins_over_interpolation(capsys, workdir):
+    _, out, _ = run(capsys, "fit", "--config", "pretrain.yaml", "--data.crop", "96", "--print_config")
+    config = yaml.safe_load(out)
+    assert config["data"]["init_args"]["crop"] == 96
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["fitt"], "unknown verb 'fitt'; did you mean fit?"),
+        (["fit", "--config", "pretrian.yaml"], "did you mean pretrain.yaml?"),
+        (["fit", "--config", "pretrain.yaml", "--model.lr_", "1"], "lr_"),
+        (["fit", "--config", "pretrain.yaml", "--model.lr", "fast"], "fast"),
+        (["fit", "--config", "pretrain.yaml", "--model", "PretrainTusk"], "did you mean PretrainTask?"),
+        (["fit", "--config", "pretrain.yaml", "--data.batch_size", "1"], "a contrast needs at least 2 pairs"),
+        (["fit", "--config", "pretrain.yaml", "--model.losses", "{a: {name: clipp}}"], "did you mean clip?"),
+        (["fit", "--config", "pretrain.yaml", "--model.losses", "{}"], "no losses"),
+        (["fit", "--config", "pretrain.yaml", "--model.losses", "{a: {name: clip, weight: -1}}"], "weight is -1"),
+        (["fit", "--config", "pretrain.yaml", "--model.losses", "{a: {name: sta, sigma: 1.5}}"], "sigma"),
+        (["fit", "--config", "pretrain.yaml", "--model.losses", "{a: {name: sta}}"], "add one, as"),
+        (["fit", "--config", "pretrain.yaml", "--model.image_encoder", "resnet51"], "did you mean"),
+        (["fit", "--config", "pretrain.yaml", "--model.head_norm", "group"], "head_norm is 'group'"),
+        (["fit", "--config", "pretrain.yaml", "--ckpt_path", "last"], "no last checkpoint"),
+        (["fit", "--config", "pretrain.yaml", "--ckpt_path", "nowhere.ckpt"], "no such file"),
+        (["test", "--config", "pretrain.yaml"], "run `sista fit --config pretrain.yaml` first"),
+        (["fit", "--config", "pretrain.yaml", "--privacy", "none"], "privacy"),
+        (["list", "taskz"], None),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, workdir, argv, line):
+    try:
+        code, _, err = run(capsys, *argv)
+    except SystemExit as stop:  # argparse's own refusal, of a light verb
+        code, err = stop.code, capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in err
+    if line is not None:
+        message = [row for row in err.splitlines() if row.startswith("sista:")]
+        assert len(message) == 1, err
+        assert line in message[0]
+    assert not (workdir / "runs").exists()
+    assert not (workdir / "datasets").exists()
+
+
+def test_broken_yaml_and_unknown_keys_in_files(capsys, workdir):
+    (workdir / "broken.yaml").write_text("model: [1, 2\n")
+    code, _, err = run(capsys, "fit", "--config", "broken.yaml")
+    assert code == 2
+    assert err.startswith("sista: ")
+    (workdir / "extra.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    code, _, err = run(capsys, "fit", "--config", "pretrain.yaml", "--config", "extra.yaml")
+    assert code == 2
+    assert "max_epoch" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_cut_checkpoint_is_one_line(capsys, workdir):
+    (workdir / "cut.ckpt").write_bytes(b"PK\x03\x04 not all of it")
+    code, _, err = run(capsys, "test", "--config", "pretrain.yaml", "--ckpt_path", "cut.ckpt")
+    assert code == 2
+    assert "cut short" in err
+
+
+def test_help_teaches(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "sista fit --config pretrain.yaml" in out
+    code, out, _ = run(capsys, "fit", "--help")
+    assert code == 0
+    assert "--privacy" in out
+
+
+def test_explain_is_always_one_line():
+    assert "\n" not in explain('Parser key "a":\n  - first\n  - second\n')
+    assert explain("") == "configuration: can't be parsed; see `sista fit --help`"
+
+
+def test_find_names_the_nearest():
+    with pytest.raises(SistaError, match=r"did you mean method/clip\.yaml"):
+        packaged.find("method/clipp")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sista_pl.allocator import keep_memory
 
@@ -47,11 +49,16 @@ def phantom_store(phantom_root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workdir(tmp_path, monkeypatch) -> Path:
+def workdir(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty current folder, with MLflow inside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return tmp_path
+    before = dict(os.environ)
+    yield tmp_path
+    if torch.distributed.is_initialized():  # a run with strategy ddp leaves its group and MASTER_PORT behind
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

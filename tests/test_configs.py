@@ -27,7 +27,8 @@ def test_fit_then_test(name, workdir, phantom_root, capsys):
     small = [*SMALL, *PHANTOM, "--data.root", str(phantom_root), "--data.store", "store"]
     if name == "data/table.yaml":
         table(phantom_root, workdir)
-        small += ["--data.root", "mine.csv", "--data.phantom", "null"]
+        small += ["--data.root", "mine.csv", "--data.phantom", "null",
+                  "--data.options", f"{{images: {phantom_root}}}"]  # fmt: skip
     command = ["--config", "pretrain.yaml", *overlay, *small]
     assert main(["fit", *command]) == 0, capsys.readouterr().err
     assert main(["test", *command]) == 0, capsys.readouterr().err

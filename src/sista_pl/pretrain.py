@@ -167,7 +167,7 @@ class PretrainTask(BaseTask):
         return {"index": batch["index"], "image": unit(pair.image.pooled, dim=1), "text": unit(pair.text.pooled, dim=1)}
 
     def log_progress(self, stage: str, figures) -> None:
-        self.log(f"{stage}/R@10", figures["i2t_R@10"], prog_bar=True)
+        self.log(f"{stage}/R@10", figures["i2t_R@10"], prog_bar=True, sync_dist=True)
 
     def report(self, stage: str) -> dict[str, Any]:
         """Recall with its patient-clustered bootstrap 95 % interval."""

@@ -130,7 +130,8 @@ class BaseTask(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         if stage in self.metrics:
             figures = self.metrics[stage].compute()
-            self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, rank_zero_only=False)
+            # equal on all ranks already; unsaid, Lightning warns of each
+            self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
             self.log_progress(stage, figures)
             self.metrics[stage].reset()
 

@@ -86,6 +86,8 @@ class BaseDataModule(LightningDataModule):
         self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers < 0 else num_workers
         self.store: Any = None  # a Store, from setup on
         self.rows: dict[str, np.ndarray] = {}
+        self.train_loader: ResumableLoader | None = None
+        self.position: dict[str, int] | None = None  # of a restored checkpoint, in its epoch
         if batch_size < 2:
             raise SistaError(f"data: batch_size is {batch_size}; a contrast needs at least 2 pairs")
 
@@ -146,7 +148,21 @@ class BaseDataModule(LightningDataModule):
         )  # fmt: skip
 
     def train_dataloader(self) -> ResumableLoader:
-        return self._loader("train", True)
+        self.train_loader = self._loader("train", True)
+        if self.position is not None:
+            self.train_loader.load_state_dict(self.position)
+            self.position = None
+        return self.train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the training epoch.
+
+        Lightning asks the loader too, but gives it nothing back when a schedule has asked for the number of steps.
+        """
+        return {"batches": 0} if self.train_loader is None else self.train_loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader("val", False)

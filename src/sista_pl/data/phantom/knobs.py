@@ -1,7 +1,7 @@
 """The difficulty of the phantom: every number that makes an image harder to read, or a report less telling.
 
 Aim: a reader who knows what was drawn finds the report among 512 (R@10 >= 0.95), while a small encoder trained for long
-at 112 px stays under 0.6 and one trained for three minutes is clearly above chance. Coarse attributes (heart, effusion,
+at 96 px stays under 0.6 and one trained for three minutes is clearly above chance. Coarse attributes (heart, effusion,
 devices, inspiration, spine) are the early gain, fine ones (granulomas, clips, fractures, scars) the long tail.
 Contrasts are in units of attenuation: a lung is 0.5 less than the soft tissue around it, quantum noise 0.024.
 """
@@ -9,7 +9,7 @@ Contrasts are in units of attenuation: a lung is 0.5 less than the soft tissue a
 from __future__ import annotations
 
 # One factor on every lesion: below 0.6 a human no longer sees half of the small ones, above 1.5 they shine.
-LESION_CONTRAST = 0.65
+LESION_CONTRAST = 0.6
 # Peak contrast of each kind of lesion. Opacities of real films are often fainter than a rib (0.12).
 CONTRAST = {
     "opacity": 0.13,
@@ -33,13 +33,13 @@ MASS_RADIUS = (0.075, 0.13)
 GRANULOMA_RADIUS = (0.010, 0.018)
 
 # Quantum noise at normal exposure; the under-exposed film has twice as much.
-NOISE = 0.03
+NOISE = 0.036
 # Pose of the patient on the film: degrees, shift and log scale, one standard deviation each.
 POSE_ANGLE = 3.5
-POSE_SHIFT = 0.055
+POSE_SHIFT = 0.06
 POSE_SCALE = 0.07
 # Variation of the exposure (offset, slope of the film curve) beside the drawn class, one standard deviation.
-EXPOSURE_JITTER = 0.10
+EXPOSURE_JITTER = 0.12
 # How far a rotated patient turns (shift of the medial clavicles against the spine) and a scoliotic spine bends.
 ROTATION = 0.037
 SCOLIOSIS = 0.06
@@ -49,9 +49,9 @@ ANATOMY_SPREAD = 1.0
 BREATH = {"low": -0.15, "normal": 0.0, "hyper": 0.10}
 BREATH_SPREAD = 0.045
 # Tubes, leads, clips and wires against a rib of 0.16: in full contrast they are seen at any size.
-DEVICE_CONTRAST = 0.5
+DEVICE_CONTRAST = 0.45
 # How far a drawn class of heart size spreads: neighbouring classes overlap a little, as readers disagree.
-HEART_SPREAD = 0.045
+HEART_SPREAD = 0.05
 
 # A normal value ("heart size is normal") and an abnormal incidental value is put in words with this probability.
 SAY_NORMAL = 0.6

@@ -29,10 +29,16 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """A phantom of 80 studies in the layout of MIMIC-CXR-JPG."""
-    from sista_pl.data.phantom import write_mimic_cxr
+    from sista_pl.data.phantom import write_phantom
 
-    return write_mimic_cxr(
-        tmp_path_factory.mktemp("phantom") / "mimic", studies=80, seed=3, size=96, workers=1, progress=False
+    return write_phantom(
+        "mimic_cxr",
+        tmp_path_factory.mktemp("phantom") / "mimic",
+        studies=80,
+        seed=3,
+        size=96,
+        workers=1,
+        progress=False,
     )
 
 

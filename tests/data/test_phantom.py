@@ -13,6 +13,7 @@ from PIL import Image
 from sista_pl.data.findings import extract_findings
 from sista_pl.data.formats import READERS
 from sista_pl.data.phantom import (
+    LAYOUTS,
     decode_rle,
     draw_patient,
     draw_study,
@@ -21,7 +22,7 @@ from sista_pl.data.phantom import (
     recall_at,
     render,
     stated,
-    write_mimic_cxr,
+    write_phantom,
     write_report,
 )
 from sista_pl.data.phantom.study import Finding
@@ -49,7 +50,9 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_mimic_cxr(tmp_path_factory.mktemp("phantom") / "a", 60, seed=1, size=SIZE, workers=1, progress=False)
+    return write_phantom(
+        "mimic_cxr", tmp_path_factory.mktemp("phantom") / "a", 60, seed=1, size=SIZE, workers=1, progress=False
+    )
 
 
 def table(root, name):
@@ -76,12 +79,12 @@ def files(root):
 
 
 def test_bytes_do_not_depend_on_workers_and_a_larger_phantom_begins_with_the_smaller(root, tmp_path):
-    two = files(write_mimic_cxr(tmp_path / "two", 60, seed=1, size=SIZE, workers=2, progress=False))
+    two = files(write_phantom("mimic_cxr", tmp_path / "two", 60, seed=1, size=SIZE, workers=2, progress=False))
     one = files(root)
     assert one == two
-    other = files(write_mimic_cxr(tmp_path / "other", 6, seed=2, size=SIZE, workers=1, progress=False))
+    other = files(write_phantom("mimic_cxr", tmp_path / "other", 6, seed=2, size=SIZE, workers=1, progress=False))
     assert not {name for name in other if name.endswith(".jpg")} & set(one)
-    small = files(write_mimic_cxr(tmp_path / "small", 30, seed=1, size=SIZE, workers=1, progress=False))
+    small = files(write_phantom("mimic_cxr", tmp_path / "small", 30, seed=1, size=SIZE, workers=1, progress=False))
     pictures = {name: data for name, data in small.items() if name.endswith((".jpg", ".txt"))}
     assert len(pictures) >= 60
     assert pictures.items() <= one.items()
@@ -113,7 +116,7 @@ def test_layout_is_that_of_mimic_cxr_jpg(root):
     assert raw[4:8] == b"\0\0\0\0"
     assert gzip.decompress(raw).startswith(b"dicom_id,")
     told = json.loads((root / "phantom/phantom.json").read_text())
-    assert told["generator"] == generator_hash()
+    assert told["generator"] == generator_hash(LAYOUTS.build("mimic_cxr"))
     assert told["notice"].startswith("PHANTOM DATA")
 
 
@@ -135,7 +138,7 @@ def test_the_reader_finds_each_frontal_film_with_the_words_that_were_written(roo
 
 
 def test_splits_part_patients_and_give_validation_its_share(tmp_path):
-    root = write_mimic_cxr(tmp_path / "a", 300, size=32, workers=2, progress=False)
+    root = write_phantom("mimic_cxr", tmp_path / "a", 300, size=32, workers=2, progress=False)
     split = table(root, "split")
     assert (split.groupby("subject_id")["split"].nunique() == 1).all()
     share = split.drop_duplicates("study_id")["split"].value_counts(normalize=True)
@@ -167,16 +170,16 @@ def test_masks_of_the_truth_agree_with_the_boxes(root):
 
 def test_an_existing_phantom_is_kept_and_anything_else_refused(root, tmp_path):
     before = (root / "IMAGE_FILENAMES").stat().st_mtime_ns
-    assert write_mimic_cxr(root, 60, seed=1, size=SIZE, workers=1, progress=False) == root
+    assert write_phantom("mimic_cxr", root, 60, seed=1, size=SIZE, workers=1, progress=False) == root
     assert (root / "IMAGE_FILENAMES").stat().st_mtime_ns == before
     with pytest.raises(SistaError, match=r"another phantom .*seed 1"):
-        write_mimic_cxr(root, 60, seed=2, size=SIZE, workers=1, progress=False)
+        write_phantom("mimic_cxr", root, 60, seed=2, size=SIZE, workers=1, progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("x")
     with pytest.raises(SistaError, match="not a phantom"):
-        write_mimic_cxr(tmp_path / "mine", 2, progress=False)
+        write_phantom("mimic_cxr", tmp_path / "mine", 2, progress=False)
     with pytest.raises(SistaError, match="studies=0"):
-        write_mimic_cxr(tmp_path / "none", 0)
+        write_phantom("mimic_cxr", tmp_path / "none", 0)
     assert [f.name for f in tmp_path.iterdir()] == ["mine"]
 
 

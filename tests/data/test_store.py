@@ -66,7 +66,7 @@ def test_what_a_store_says_of_itself(store):
     assert set(store.info["files"]) == {f.name for f in store.path.iterdir()} - {"store.json"}
     assert list(store.manifest.columns) == [
         *("image_id", "patient_id", "study_id", "view", "split", "findings", "impression"),
-        *("label_Edema", "has_mask", "boxes", "source"),
+        *("label_Edema", "has_mask", "boxes", "width", "height", "source"),
     ]
     with pytest.raises(SistaError, match="has no masks"):
         store.mask(0)

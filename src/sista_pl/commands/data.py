@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    phantom = verbs.add_parser("phantom", help="draw chest X-rays with reports, in the layout of MIMIC-CXR-JPG")
+    phantom = verbs.add_parser("phantom", help="draw chest X-rays with reports, in the layout of a real release")
+    phantom.add_argument("--layout", default="mimic_cxr", help="name of the release's reader (default: %(default)s)")
     phantom.add_argument("--out", type=Path, required=True, help="folder to write")
     phantom.add_argument("--studies", type=int, default=500, help="number of studies (default: %(default)s)")
     phantom.add_argument("--seed", type=int, default=0, help="another seed, other studies (default: %(default)s)")
@@ -88,11 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _phantom(out: Path, studies: int, seed: int, size: int, workers: int) -> None:
-    from sista_pl.data.phantom import write_mimic_cxr
+def _phantom(layout: str, out: Path, studies: int, seed: int, size: int, workers: int) -> None:
+    from sista_pl.data.phantom import write_phantom
 
-    write_mimic_cxr(out, studies, seed, size, workers)
-    print(f"{studies} phantom studies in {out}; next: sista data prepare mimic_cxr --root {out} --out {out}-store")
+    write_phantom(layout, out, studies, seed, size, workers)
+    print(f"{studies} phantom studies in {out}; next: sista data prepare {layout} --root {out} --out {out}-store")
 
 
 def _prepare(name: str, root: Path, out: Path, size: int, workers: int, max_bad: float, options: list[str]) -> None:

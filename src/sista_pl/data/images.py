@@ -14,6 +14,7 @@ MAX_PIXELS = 89_478_485
 IGNORE = 127
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _ORIENTATION = 0x0112
+_NEAREST = Image.Resampling.NEAREST
 
 
 class BadImage(Exception):
@@ -116,7 +117,7 @@ def read_mask(path: Path, size: int) -> np.ndarray:
             raise BadImage("mask in colours; write 8-bit gray values")
         return image.convert("RGB").getchannel(0)
 
-    return _read(path, size, plain, Image.Resampling.NEAREST, draft=False)
+    return _read(path, size, plain, _NEAREST, draft=False)
 
 
 def _scaled(width: int, height: int, size: int) -> tuple[int, int]:
@@ -165,6 +166,16 @@ def _read(path: Path, size: int, convert: Any, resample: Image.Resampling, draft
     pixels = np.asarray(plain)
     if pixels.dtype != np.uint8:
         pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return _centred(pixels, size)
+
+
+def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """Bring a decoded mask (H, W) uint8 to the square, as `read_mask` does a file's."""
+    height, width = mask.shape
+    return _centred(np.asarray(Image.fromarray(mask).resize(_scaled(width, height, size), _NEAREST)), size)
+
+
+def _centred(pixels: np.ndarray, size: int) -> np.ndarray:
     square = np.zeros((size, size), np.uint8)
     height, width = pixels.shape
     dx, dy = (size - width) // 2, (size - height) // 2

@@ -104,9 +104,9 @@ class BaseDataModule(LightningDataModule):
         from sista_pl.data.prepare import prepare
 
         if self.phantom is not None:
-            from sista_pl.data.phantom import write_mimic_cxr
+            from sista_pl.data.phantom import write_phantom
 
-            write_mimic_cxr(self.root, **self.phantom)
+            write_phantom(str(self.format), self.root, **self.phantom)
         release = READERS.build({"name": self.format, "root": self.root, **self.options})
         if release.phantom and self.phantom is None:
             raise SistaError(

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ import numpy as np
 from PIL import Image
 
 from sista_pl.data.formats import SPLITS, Release, Row
-from sista_pl.data.images import IGNORE, BadImage, fit, fit_box, image_size, read_gray, read_mask
+from sista_pl.data.images import IGNORE, BadImage, fit, fit_box, fit_mask, image_size, read_gray, read_mask
+from sista_pl.data.masks import Rle
 from sista_pl.data.store import SCHEMA, Store
 from sista_pl.errors import SistaError
 
@@ -115,7 +117,7 @@ def _fingerprint(release: Release, size: int) -> str:
     head = [SCHEMA, size, RESIZE, release.name, release.version, release.phantom, release.options]
     digest = hashlib.sha256(_json(head))
     for row in release.rows:
-        mask = _relative(release, row.mask) if row.mask else None
+        mask = _relative(release, row.mask) if isinstance(row.mask, Path) else row.mask and asdict(row.mask)
         for part in (row.image_id, row.patient_id, row.study_id, _relative(release, row.image), row.view, row.split):
             digest.update(part.encode() + b"\0")
         digest.update(_json([row.findings, row.impression, row.labels, mask, row.boxes, row.source]))
@@ -167,6 +169,14 @@ def _npy(array: np.ndarray) -> list[bytes | memoryview]:
     return [header.getvalue(), np.ascontiguousarray(array).data.cast("B")]
 
 
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    image: np.ndarray
+    mask: np.ndarray | None
+    boxes: list[dict[str, Any]] | None
+    size: tuple[int, int]  # width and height of the upright image
+
+
 class _Preparation:
     """One run over the rows, shard by shard."""
 
@@ -178,7 +188,7 @@ class _Preparation:
         self.shard_rows = shard_rows
         self.fingerprint = fingerprint
         self.with_masks = any(row.mask for row in release.rows)
-        self.boxes: dict[int, list[dict[str, Any]]] = {}
+        self.facts: dict[int, dict[str, Any]] = {}
         self.bad: dict[int, str] = {}
 
     def run(self, workers: int, progress: bool) -> None:
@@ -203,7 +213,7 @@ class _Preparation:
                 else:
                     advance(len(indices))
                 self.bad |= {int(index): why for index, why in entry["bad"].items()}
-                self.boxes |= {int(index): boxes for index, boxes in entry["boxes"].items()}
+                self.facts |= {int(index): facts for index, facts in entry["facts"].items()}
                 self._check_bad()
         self._finish([done[number] for number in range(len(starts))])
 
@@ -241,23 +251,26 @@ class _Preparation:
                 continue
         return True
 
-    def _decode(self, index: int) -> tuple[np.ndarray, np.ndarray | None, list[dict[str, Any]] | None]:
+    def _decode(self, index: int) -> _Decoded:
         row: Row = self.release.rows[index]
-        image, mask, boxes = read_gray(row.image, self.size), None, None
-        if row.mask or row.boxes:
-            width, height = image_size(row.image)
-        if row.mask:
+        image, mask = read_gray(row.image, self.size), None
+        width, height = image_size(row.image)
+        if row.mask is not None:
+            name = "mask" if isinstance(row.mask, Rle) else f"mask {_relative(self.release, row.mask)}"
             try:
-                mask_width, mask_height = image_size(row.mask)
-                mask = read_mask(row.mask, self.size)
+                if isinstance(row.mask, Rle):
+                    mask_width, mask_height = row.mask.width, row.mask.height
+                    mask = fit_mask(row.mask.decode(), self.size)
+                else:
+                    mask_width, mask_height = image_size(row.mask)
+                    mask = read_mask(row.mask, self.size)
             except BadImage as why:
-                raise BadImage(f"mask {_relative(self.release, row.mask)}: {why}") from None
+                raise BadImage(f"{name}: {why}") from None
             places = zip(fit(width, height, self.size)[1:], fit(mask_width, mask_height, self.size)[1:], strict=True)
             if any(abs(a - b) > 1 for a, b in places):
                 raise BadImage(f"mask of {mask_width}×{mask_height} on an image of {width}×{height}")
-        if row.boxes is not None:
-            boxes = [fit_box(box, width, height, self.size) for box in row.boxes]
-        return image, mask, boxes
+        boxes = None if row.boxes is None else [fit_box(box, width, height, self.size) for box in row.boxes]
+        return _Decoded(image, mask, boxes, (width, height))
 
     def _shard(self, number: int, indices: range, map_: Callable, advance: Callable[[int], None]) -> dict[str, Any]:
         shape = (len(indices), self.size, self.size)
@@ -265,30 +278,29 @@ class _Preparation:
         if self.with_masks:
             arrays["masks"] = np.full(shape, IGNORE, np.uint8)
 
-        def decode(index: int) -> tuple[str, list[dict[str, Any]] | None]:
+        def decode(index: int) -> str | dict[str, Any]:
             try:
-                image, mask, boxes = self._decode(index)
+                found = self._decode(index)
             except BadImage as why:
-                return f"{why}", None
-            arrays["images"][index - indices.start] = image
-            if mask is not None:
-                arrays["masks"][index - indices.start] = mask
-            return "", boxes
+                return f"{why}"
+            arrays["images"][index - indices.start] = found.image
+            if found.mask is not None:
+                arrays["masks"][index - indices.start] = found.mask
+            return {"size": found.size, "boxes": found.boxes}
 
-        bad, boxes_of, good = {}, {}, []
-        for index, (why, boxes) in zip(indices, map_(decode, indices), strict=True):
-            if why:
-                bad[str(index)] = why
+        bad, facts, good = {}, {}, []
+        for index, found in zip(indices, map_(decode, indices), strict=True):
+            if isinstance(found, str):
+                bad[str(index)] = found
             else:
                 good.append(index - indices.start)
-            if boxes is not None:
-                boxes_of[str(index)] = boxes
+                facts[str(index)] = found
             advance(1)
         files = {}
         for kind, array in arrays.items() if good else ():
             name = f"{kind}-{number:05d}.npy"
             files[name] = _write(self.folder / name, _npy(array if not bad else array[good]))
-        return {"shard": number, "rows": len(good), "files": files, "bad": bad, "boxes": boxes_of}
+        return {"shard": number, "rows": len(good), "files": files, "bad": bad, "facts": facts}
 
     def _check_bad(self) -> None:
         total = len(self.release.rows)
@@ -315,11 +327,11 @@ class _Preparation:
 
     def _finish(self, entries: list[dict[str, Any]]) -> None:
         kept = [row for index, row in enumerate(self.release.rows) if index not in self.bad]
-        boxes = [self.boxes.get(index) for index in range(len(self.release.rows)) if index not in self.bad]
+        facts = [self.facts[index] for index in range(len(self.release.rows)) if index not in self.bad]
         if not kept:
             raise SistaError(f"{self.release.root}: not one image can be read; see {self.folder}/skipped.csv")
         files = {name: file for entry in entries for name, file in entry["files"].items()}
-        files["manifest.parquet"] = _write(self.folder / "manifest.parquet", [_manifest(kept, boxes)])
+        files["manifest.parquet"] = _write(self.folder / "manifest.parquet", [_manifest(kept, facts)])
         files["skipped.csv"] = _write(self.folder / "skipped.csv", [self._skipped_csv()])
         counts = Counter(row.split for row in kept)
         kinds = ["images", "masks"] if self.with_masks else ["images"]
@@ -349,7 +361,7 @@ class _Preparation:
         (self.folder / "journal.jsonl").unlink()
 
 
-def _manifest(rows: list[Row], boxes: list[list[dict[str, Any]] | None]) -> bytes:
+def _manifest(rows: list[Row], facts: list[dict[str, Any]]) -> bytes:
     import pandas as pd
 
     names = ("image_id", "patient_id", "study_id", "view", "split", "findings", "impression")
@@ -357,7 +369,10 @@ def _manifest(rows: list[Row], boxes: list[list[dict[str, Any]] | None]) -> byte
     for label in dict.fromkeys(label for row in rows for label in row.labels):
         columns[f"label_{label}"] = np.array([row.labels.get(label, np.nan) for row in rows], np.float32)
     columns["has_mask"] = [row.mask is not None for row in rows]
-    columns["boxes"] = pd.array([None if b is None else json.dumps(b) for b in boxes], dtype="string")
+    boxes = [None if fact["boxes"] is None else json.dumps(fact["boxes"]) for fact in facts]
+    columns["boxes"] = pd.array(boxes, dtype="string")
+    for place, name in enumerate(("width", "height")):
+        columns[name] = np.array([fact["size"][place] for fact in facts], np.int32)
     columns["source"] = pd.array([row.source for row in rows], dtype="string")
     out = io.BytesIO()
     pd.DataFrame(columns).to_parquet(out, index=False)

@@ -30,7 +30,8 @@ class Store:
     times faster than through a memory map, whose faults read ahead. Threads and forked workers may share a store;
     a spawned worker gets the path and opens the shards itself.
     Columns of the manifest: image_id, patient_id, study_id, view, split, findings, impression, `label_<finding>`
-    (1, 0, NaN), has_mask, boxes (JSON in pixels of the store, null where unknown), source.
+    (1, 0, NaN), has_mask, boxes (JSON in pixels of the store, null where unknown), width, height
+    (of the upright original, in pixels), source.
     """
 
     def __init__(self, path: Path, info: dict[str, Any], digest: str):

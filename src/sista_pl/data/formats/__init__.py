@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sista_pl.data.masks import Rle
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.registry import Registry
 
@@ -28,7 +29,7 @@ class Row:
         findings: that section of the report, cleaned; "" where absent.
         impression: the same.
         labels: 1 present, 0 absent, NaN unknown or uncertain, by finding.
-        mask: path of an 8-bit mask (0 background, 127 ignore, 255 object), or None.
+        mask: path of an 8-bit mask (0 background, 127 ignore, 255 object), run lengths, or None.
         boxes: `{"category", "x", "y", "w", "h"}` in pixels of the upright image, x and y the top left corner;
             [] says that there is none, None that nobody looked.
         source: "file:row" that it came from.
@@ -43,7 +44,7 @@ class Row:
     findings: str
     impression: str
     labels: dict[str, float] = field(default_factory=dict)
-    mask: Path | None = None
+    mask: Path | Rle | None = None
     boxes: list[dict[str, Any]] | None = None
     source: str = ""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from sista_pl.data.phantom import layouts  # noqa: F401  registers the layouts
+from sista_pl.data.phantom.cohort import LAYOUTS, PHANTOM_VERSION, decode_rle, generator_hash, write_phantom
 from sista_pl.data.phantom.film import Rendering, render
-from sista_pl.data.phantom.mimic import PHANTOM_VERSION, decode_rle, generator_hash, write_mimic_cxr
 from sista_pl.data.phantom.oracle import oracle_scores, recall_at
 from sista_pl.data.phantom.report import Report, stated, write_report
 from sista_pl.data.phantom.study import Finding, Patient, Study, draw_patient, draw_study
 
 __all__ = [
+    "LAYOUTS",
     "PHANTOM_VERSION",
     "Finding",
     "Patient",
@@ -23,6 +25,6 @@ __all__ = [
     "recall_at",
     "render",
     "stated",
-    "write_mimic_cxr",
+    "write_phantom",
     "write_report",
 ]

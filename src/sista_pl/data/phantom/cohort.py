@@ -1,0 +1,283 @@
+"""Whom a phantom draws, and how its folder is made: every layout of a release gets the same patients and films."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sista_pl.allocator import keep_memory
+from sista_pl.data.phantom.film import Rendering, render
+from sista_pl.data.phantom.report import Report, stated, write_report
+from sista_pl.data.phantom.study import Patient, Study, draw_patient, draw_study
+from sista_pl.errors import SistaError
+from sista_pl.registry import Registry
+
+PHANTOM_VERSION = "1.1"
+NOTICE = "PHANTOM DATA: drawn by a program, no patient"
+# Patient-disjoint and even from the first patients on: the golden ratio spreads patients over [0, 1).
+_SPLITS = (("train", 0.76), ("validate", 0.91), ("test", 1.0))
+_STUDIES_A_PATIENT = (0.45, 0.27, 0.17, 0.11)
+LAYOUTS = Registry("phantom layout")
+
+
+def generator_hash(layout: Layout | None = None) -> str:
+    """SHA-256 over the version, the source files of this package and that of the layout."""
+    digest = hashlib.sha256(PHANTOM_VERSION.encode())
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    if layout is not None:
+        files.append(Path(inspect.getfile(layout.write_study)))
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which study is drawn: all else follows from the seed and these two numbers."""
+
+    patient: int
+    study: int
+
+    @property
+    def subject_id(self) -> int:
+        return 10_000_000 + (self.patient * 6_180_339 + 32) % 10_000_000
+
+    @property
+    def study_id(self) -> int:
+        return 50_000_000 + ((4 * self.patient + self.study) * 4_142_137 + 414_267) % 10_000_000
+
+    @property
+    def split(self) -> str:
+        u = (self.patient + 0.5) * 0.6180339887498949 % 1
+        return next(name for name, edge in _SPLITS if u < edge)
+
+
+def _plans(studies: int, seed: int) -> Iterator[Plan]:
+    patient = 0
+    while studies > 0:
+        u = np.random.default_rng([seed, patient, 9]).random()
+        count = min(studies, 1 + int(np.searchsorted(np.cumsum(_STUDIES_A_PATIENT), u)))
+        yield from (Plan(patient, study) for study in range(count))
+        studies, patient = studies - count, patient + 1
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One study as it is handed to a layout.
+
+    Args:
+        seed, plan: which one it is.
+        study: its attributes.
+        report: its words.
+        rendering: the frontal film with masks and boxes, in the aspect of a real film.
+        words, extra: the random streams of the text and of all that a layout draws beyond the film.
+        size: longer side of the films in pixels.
+    """
+
+    seed: int
+    plan: Plan
+    study: Study
+    report: Report
+    rendering: Rendering
+    words: np.random.Generator
+    extra: np.random.Generator
+    size: int
+
+    def name(self, number: int = 0) -> str:
+        """40 hexadecimal digits, another for each film of the study."""
+        text = f"{self.seed} {self.plan.patient} {self.plan.study} {number}"
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def truth(self, image_id: str, **more: Any) -> dict[str, Any]:
+        """The row of `phantom/truth.parquet`; masks as column-major run lengths, boxes in pixels of the film."""
+        return {
+            "image_id": image_id,
+            "patient": self.plan.patient,
+            "split": self.plan.split,
+            **more,
+            "attributes": json.dumps(sorted(self.study.attributes())),
+            "drawn": json.dumps(asdict(self.study)),
+            "stated": json.dumps(sorted(stated(self.study, self.report))),
+            "boxes": json.dumps(self.rendering.boxes),
+            "masks": json.dumps({name: encode_rle(mask) for name, mask in self.rendering.masks.items()}),
+            "rows": self.rendering.image.shape[0],
+            "columns": self.rendering.image.shape[1],
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one release lies on disk.
+
+    Args:
+        write_study: (drawn, root) → record with at least `truth`; writes the files of one study, in a worker process,
+            and touches nothing else. A function of a module, so that it can be sent there.
+        write_tables: (root, records) → writes the tables of the release; records come in the order of the cohort.
+        aspect: False leaves the film square, where a release has only square ones.
+    """
+
+    write_study: Callable[[Drawn, Path], dict[str, Any]]
+    write_tables: Callable[[Path, list[dict[str, Any]]], None]
+    aspect: bool = True
+
+
+def phantom_study(seed: int, patient: int, study: int) -> Study:
+    """The drawn attributes of one study, a pure function of its three numbers."""
+    person: Patient = draw_patient(np.random.default_rng([seed, patient]))
+    return draw_study(np.random.default_rng([seed, patient, study + 1, 0]), person)
+
+
+def draw(plan: Plan, seed: int, size: int, aspect: bool = True) -> Drawn:
+    """Draw the study of a plan: a pure function of (seed, patient, study, size)."""
+    study = phantom_study(seed, plan.patient, plan.study)
+    key = [seed, plan.patient, plan.study + 1]
+    words, pixels, extra = (np.random.default_rng([*key, n]) for n in (1, 2, 3))
+    report = write_report(study, words)
+    rendering = render(study, size, pixels)
+    return Drawn(seed, plan, study, report, _crop(rendering, pixels) if aspect else rendering, words, extra, size)
+
+
+def write_phantom(
+    layout: str,
+    root: str | Path,
+    studies: int,
+    seed: int = 0,
+    size: int = 320,
+    workers: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Draw a phantom in the layout of a release, with the truth (`phantom/truth.parquet`).
+
+    A study depends on (seed, patient, study) alone, so that the bytes do not depend on `workers`, and a larger
+    phantom of the same seed begins with the smaller one.
+
+    Args:
+        layout: the name of the release's reader, "mimic_cxr".
+        root: folder to make. One that holds the same phantom already is returned as it is.
+        studies: number of studies, one frontal film each.
+        seed: another seed, other patients.
+        size: longer side of the films in pixels.
+        workers: processes; 0 is one a core.
+        progress: show a bar on standard error.
+
+    Raises:
+        SistaError: `root` holds something else, an unknown layout, or the numbers make no sense.
+    """
+    root, form = Path(root), LAYOUTS.build(layout)
+    if studies < 1 or size < 32 or workers < 0:
+        raise SistaError(f"phantom: studies={studies} size={size} workers={workers}; give 1, 32 and 0 or more")
+    told: dict[str, str | int] = {"notice": NOTICE, "version": PHANTOM_VERSION, "generator": generator_hash(form)}
+    told |= {"layout": layout, "seed": seed, "studies": studies, "size": size}
+    if _is_there(root, told):
+        return root
+    # A name of its own for each process: two that start together do not write into one folder.
+    part = root.with_name(f".{root.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        plans = list(_plans(studies, seed))
+        records = _draw_all(plans, form, part, seed, size, workers or os.cpu_count() or 1, progress)
+        form.write_tables(part, records)
+        (part / "phantom").mkdir()
+        truth = pd.DataFrame([record["truth"] for record in records])
+        truth.to_parquet(part / "phantom/truth.parquet", index=False)
+        (part / "phantom/phantom.json").write_text(json.dumps(told, indent=2) + "\n")
+        _move(part, root, told)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return root
+
+
+def _is_there(root: Path, told: dict) -> bool:
+    """True where `root` is this phantom; an error where it is something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    file = root / "phantom/phantom.json"
+    if not file.is_file():
+        raise SistaError(f"{root}: not empty and not a phantom; choose another folder")
+    try:
+        there = json.loads(file.read_text())
+    except ValueError:
+        there = {}
+    if there == told:
+        return True
+    differs = ", ".join(f"{k} {there.get(k)}" for k, v in told.items() if there.get(k) != v and k != "notice")
+    raise SistaError(f"{root}: holds another phantom ({differs}); remove it or choose another folder")
+
+
+def _move(part: Path, root: Path, told: dict) -> None:
+    if root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
+    try:
+        part.rename(root)
+    except OSError:
+        # Another process was faster; the same phantom is as good as ours.
+        if not _is_there(root, told):
+            raise
+
+
+def _draw_all(
+    plans: list[Plan], form: Layout, root: Path, seed: int, size: int, workers: int, progress: bool
+) -> list[dict]:
+    from rich.console import Console
+    from rich.progress import track
+
+    job = partial(_draw_one, form=form, root=root, seed=seed, size=size)
+
+    def tracked(records: Iterable[dict]) -> list[dict]:
+        console = Console(stderr=True)
+        return list(track(records, "drawing phantom", total=len(plans), console=console, disable=not progress))
+
+    if workers == 1:
+        keep_memory()
+        return tracked(map(job, plans))
+    # Not fork: a caller with threads (torch, a progress bar) may hold locks that a forked child never gets.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(plans)), mp_context=context, initializer=keep_memory) as pool:
+        return tracked(pool.map(job, plans, chunksize=8))
+
+
+def _draw_one(plan: Plan, form: Layout, root: Path, seed: int, size: int) -> dict:
+    return form.write_study(draw(plan, seed, size, form.aspect), root)
+
+
+def _crop(rendering: Rendering, rng: np.random.Generator) -> Rendering:
+    """Cut the square to the aspect of a real film: a little off the sides or off the abdomen."""
+    size = rendering.image.shape[0]
+    lost = int(size * rng.uniform(0, 0.14))
+    if rng.random() < 0.5:
+        rows, columns = slice(0, size - lost), slice(0, size)
+    else:
+        lost //= 2
+        rows, columns = slice(0, size), slice(lost, size - lost)
+    return rendering.crop(rows, columns)
+
+
+def encode_rle(mask: np.ndarray) -> str:
+    """(H, W) bool → "start length start length …", column by column, pixels counted from 1 (Kaggle's form)."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    starts, ends = edges[::2], edges[1::2]
+    return " ".join(f"{start + 1} {end - start}" for start, end in zip(starts, ends, strict=True))
+
+
+def decode_rle(text: str, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of `encode_rle`: (H, W) bool."""
+    flat = np.zeros(shape[0] * shape[1], bool)
+    numbers = [int(n) for n in text.split()]
+    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+        flat[start - 1 : start - 1 + length] = True
+    return flat.reshape(shape, order="F")

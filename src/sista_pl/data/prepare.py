@@ -31,6 +31,7 @@ from PIL import Image
 from sista_pl.data.formats import SPLITS, Release, Row
 from sista_pl.data.images import IGNORE, BadImage, fit, fit_box, fit_mask, image_size, read_gray, read_mask
 from sista_pl.data.masks import Rle
+from sista_pl.data.splits import split_hash
 from sista_pl.data.store import SCHEMA, Store
 from sista_pl.errors import SistaError
 
@@ -348,6 +349,10 @@ class _Preparation:
             "phantom": self.release.phantom,
             "size": self.size,
             "resize": RESIZE,
+            "split": {
+                "name": self.release.split,
+                "sha256": split_hash([row.image_id for row in kept], [row.split for row in kept]),
+            },
             "counts": {split: counts[split] for split in SPLITS if counts[split]},
             "skipped": len(self._skipped()),
             "has_masks": self.with_masks,

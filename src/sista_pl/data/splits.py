@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sista_pl.registry import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def grouped_split(
@@ -36,3 +42,53 @@ def grouped_split(
 
     by_group = {group: split(group) for group in dict.fromkeys(groups)}
     return [by_group[group] for group in groups]
+
+
+NAMED_SPLITS = Registry("split")
+
+
+def split_table(name: str, table: pd.DataFrame, **options: Any) -> list[str]:
+    """Return the split of each row by a named rule, a pure function of what the table's columns say.
+
+    Args:
+        name: `format/rule`, as in "rsna/mgca"; registered in `NAMED_SPLITS` beside the reader that offers it, as a
+            function of the table (and of `seed`, say).
+        table: (N) one row an image: `image_id`, `patient_id` and what else the rule's docstring asks for.
+        options: of the rule.
+
+    Returns:
+        (N) "train", "val", "test", or "" for an image that the rule leaves out.
+
+    Raises:
+        SistaError: an unknown name or option.
+    """
+    return NAMED_SPLITS.build({"name": name, **options}, table=table)
+
+
+def split_hash(image_ids: Sequence[str], splits: Sequence[str]) -> str:
+    """Return the SHA-256 of a split, whatever the order of its rows."""
+    digest = hashlib.sha256()
+    for name, split in sorted(zip(image_ids, splits, strict=True)):
+        digest.update(f"{name}\t{split}\n".encode())
+    return digest.hexdigest()
+
+
+def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> dict[str, str]:
+    """Deal distinct ids to splits of the given sizes, in an order that depends on the ids and the seed alone.
+
+    Args:
+        ids: the units (patients); their order does not matter.
+        sizes: how many go to each split, in turn; where there are fewer ids than their sum, in the same shares.
+        seed: another seed, another order.
+
+    Returns:
+        {id: split}
+    """
+    order = sorted(set(ids), key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())
+    dealt: dict[str, str] = {}
+    total, start = sum(sizes.values()), 0.0
+    for name, size in sizes.items():
+        end = start + size * min(1.0, len(order) / total)
+        dealt |= dict.fromkeys(order[round(start) : round(end)], name)
+        start = end
+    return dealt

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sista_pl.data.masks import Rle
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.registry import Registry
@@ -61,6 +63,7 @@ class Release:
         phantom: True where the images are drawn and not taken from patients.
         root: the folder that the paths of the rows lie in; where it stands is no property of the data.
         options: the options that chose the rows, as plain values without paths; kept in the store.
+        split: name of the rule that split them, "official" where the release says it; `data/splits.py`.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Release:
     phantom: bool = False
     root: Path = Path()
     options: dict[str, Any] = field(default_factory=dict)
+    split: str = "official"
 
 
 def is_phantom(*folders: Path) -> bool:
@@ -90,6 +94,15 @@ def refuse_duplicates(file: Path, ids: Sequence[str], rows: Sequence[int]) -> No
     for name, row in zip(ids, rows, strict=True):
         if first.setdefault(name, row) != row:
             raise SistaError(f"{file}: row {row} repeats the image id {name!r} of row {first[name]}; remove one")
+
+
+def read_csv(file: Path) -> pd.DataFrame:
+    """Read a `.csv` or `.csv.gz` with every value as text, blank as ""."""
+    try:
+        return pd.read_csv(file, dtype=str, keep_default_na=False)
+    except (ValueError, EOFError, OSError) as why:
+        reason = " ".join(str(why).split())
+        raise SistaError(f"{file}: not a readable CSV ({reason}); download it again") from None
 
 
 from sista_pl.data.formats import mimic_cxr, table  # noqa: E402, F401  their import is their registration

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sista_pl.data.formats import READERS, Release, Row, is_phantom, need_columns, refuse_duplicates
+from sista_pl.data.formats import READERS, Release, Row, is_phantom, need_columns, read_csv, refuse_duplicates
 from sista_pl.data.reports import MAX_REPORT_BYTES, BadReport, clean, decode, split_sections
 from sista_pl.errors import SistaError, did_you_mean
 
@@ -116,15 +116,6 @@ def _read_table(folder: Path, name: str, columns: Sequence[str] | None = None) -
     table = read_csv(file)
     need_columns(file, list(table.columns), columns or ["study_id"])
     return file, table
-
-
-def read_csv(file: Path) -> pd.DataFrame:
-    """Read a `.csv` or `.csv.gz` with every value as text, blank as ""."""
-    try:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
-    except (ValueError, EOFError, OSError) as why:
-        reason = " ".join(str(why).split())
-        raise SistaError(f"{file}: not a readable CSV ({reason}); download it again") from None
 
 
 def _read_labels(jpg: Path, source: str) -> dict[str, dict[str, float]]:

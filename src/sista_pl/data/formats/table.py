@@ -126,6 +126,7 @@ def read_table(
         phantom=is_phantom(file.parent, folder),
         root=Path(os.path.abspath(folder)),
         options={**options, "columns": roles},
+        split="official" if "split" in roles else "table/grouped",
     )
 
 

@@ -109,3 +109,13 @@ print(sorted({{"torch", "pytorch_lightning", "lightning", "transformers"}} & set
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_array_job(tmp_path, table, capsys):
+    assert prepare(table, tmp_path / "store", "--shard", "1/2") == 0
+    assert "part 1 of 2 is done" in capsys.readouterr().out
+    assert prepare(table, tmp_path / "store", "--shard", "0/2") == 0
+    assert "listed in" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        prepare(table, tmp_path / "store", "--shard", "2/2")
+    assert "the first of four is 0/4" in capsys.readouterr().err

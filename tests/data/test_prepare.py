@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 
 from sista_pl.data.formats import Release, Row
 from sista_pl.data.images import BadImage, fit, read_gray, read_mask
-from sista_pl.data.prepare import prepare
+from sista_pl.data.prepare import prepare, prepare_part
 from sista_pl.data.store import Store
 from sista_pl.errors import SistaError
 
@@ -51,6 +52,10 @@ def contents(folder):
 
 def run(data, out, **options):
     return prepare(data, out, **{"size": 32, "shard_rows": 6, "progress": False, **options})
+
+
+def part(data, out, which):
+    return prepare_part(data, out, which, size=32, shard_rows=6, progress=False)
 
 
 @pytest.fixture
@@ -306,8 +311,8 @@ def test_two_runs_on_one_folder_exclude_each_other(tmp_path, data):
     assert len(run(data, tmp_path / "store")) == 20
 
 
-# journal, four shards, manifest, list, store.json
-@pytest.mark.parametrize("when", range(1, 9))
+# four shards with their notes, manifest, list, store.json
+@pytest.mark.parametrize("when", range(1, 12))
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, data, monkeypatch, when):
     run(data, tmp_path / "undisturbed")
     written, real = [], os.fsync
@@ -325,7 +330,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, data, monkey
     assert "\n" not in str(error.value)
     assert not (tmp_path / "store").exists()
     # a shard that was written is not decoded again
-    for row in data.rows[: 6 * min(max(when - 2, 0), 4)]:
+    for row in data.rows[: 6 * min((when - 1) // 2, 4)]:
         row.image.unlink()
     run(data, tmp_path / "store", max_bad=0)
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
@@ -345,7 +350,7 @@ def test_a_working_folder_of_other_inputs_is_begun_anew(tmp_path, data, monkeypa
     other = release(tmp_path / "raw")
     other.rows.reverse()
     with monkeypatch.context() as patch:
-        patch.setattr("sista_pl.data.prepare._manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("sista_pl.data.shards._manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(other, tmp_path / "store")
     assert len(list((tmp_path / "store.partial").glob("images-*.npy"))) == 4
@@ -355,7 +360,7 @@ def test_a_working_folder_of_other_inputs_is_begun_anew(tmp_path, data, monkeypa
 
 PROGRAM = """
 import pickle, sys
-from sista_pl.data.prepare import prepare
+from sista_pl.data.prepare import prepare, prepare_part
 with open(sys.argv[1], "rb") as file:
     data = pickle.load(file)
 print("ready", flush=True)
@@ -400,6 +405,49 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_thirty_times(tmp_path):
     kill_test(tmp_path, 30)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_parts_of_an_array_job_give_the_bytes_of_one_run(tmp_path, data, order):
+    run(data, tmp_path / "undisturbed")
+    done = [part(data, tmp_path / "store", (index, 3)) for index in order]
+    assert [store is None for store in done] == [True, True, False]
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
+    assert part(data, tmp_path / "store", (0, 3)).hash == done[-1].hash
+
+
+def test_parts_may_run_at_the_same_time_and_again(tmp_path, data):
+    run(data, tmp_path / "undisturbed")
+    assert part(data, tmp_path / "store", (1, 3)) is None
+    for row in data.rows[6:12]:  # the shard that is written is not decoded again
+        row.image.rename(row.image.with_suffix(".away"))
+    assert part(data, tmp_path / "store", (1, 3)) is None
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(lambda index: part(data, tmp_path / "store", (index, 3)), (0, 2)))
+    # two that end at once may each leave the end to the other; any further call makes it
+    assert any(stores) or part(data, tmp_path / "store", (0, 3))
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
+
+
+def test_one_part_excludes_itself_and_a_whole_run(tmp_path, data):
+    (tmp_path / "store.partial").mkdir()
+    with (
+        (tmp_path / "store.partial/.lock-0of3").open("w") as mine,
+        (tmp_path / "store.partial/.lock").open("w") as all_,
+    ):
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        fcntl.flock(all_, fcntl.LOCK_SH)
+        with pytest.raises(SistaError, match="another process is at work"):
+            part(data, tmp_path / "store", (0, 3))
+        with pytest.raises(SistaError, match="another process is at work"):
+            run(data, tmp_path / "store")
+        assert part(data, tmp_path / "store", (1, 3)) is None
+
+
+@pytest.mark.parametrize("wrong", [(3, 3), (-1, 2), (0, 0)])
+def test_a_part_that_is_none(tmp_path, data, wrong):
+    with pytest.raises(SistaError, match="not a part; the first of"):
+        part(data, tmp_path / "store", wrong)
 
 
 def test_the_store_opens_as_it_was_returned(tmp_path, data):

@@ -25,6 +25,8 @@ Your own images and reports, one table of paths and texts:
 """
 _PREPARE_EPILOG = """\
 A run that was stopped goes on where it was when the same command is given again.
+An array job gives each task its part; the last to end makes the store, with the bytes of a single run:
+  sista data prepare mimic_cxr --root raw --out stores/mimic --workers 8 --shard $SLURM_ARRAY_TASK_ID/16
 
 Options of a reader are written KEY=VALUE, the value as YAML:
   mimic_cxr   reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
@@ -74,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--size", type=int, default=256, help="side of the stored images (default: %(default)s)")
     prepare.add_argument("--workers", type=int, default=0, help="decoding threads (default: %(default)s)")
     prepare.add_argument(
+        "--shard",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="part I of N of the work, for an array job: 0/8 … 7/8",
+    )
+    prepare.add_argument(
         "--max-bad", type=float, default=0.01, help="share of unreadable images to live with (default: %(default)s)"
     )
     prepare.add_argument(
@@ -96,15 +105,29 @@ def _phantom(layout: str, out: Path, studies: int, seed: int, size: int, workers
     print(f"{studies} phantom studies in {out}; next: sista data prepare {layout} --root {out} --out {out}-store")
 
 
-def _prepare(name: str, root: Path, out: Path, size: int, workers: int, max_bad: float, options: list[str]) -> None:
+def _part(text: str) -> tuple[int, int]:
+    index, slash, parts = text.partition("/")
+    if not (slash and index.isdecimal() and parts.isdecimal() and int(index) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; the first of four is 0/4, the last 3/4")
+    return int(index), int(parts)
+
+
+def _prepare(
+    name: str, root: Path, out: Path, size: int, workers: int, shard: tuple[int, int], max_bad: float,
+    options: list[str],
+) -> None:  # fmt: skip
     from sista_pl.data.formats import READERS
-    from sista_pl.data.prepare import prepare
+    from sista_pl.data.prepare import prepare_part
 
     release = READERS.build({"name": name, "root": root, **_parse(options)})
     if release.phantom:
         print("PHANTOM DATA: drawn, not taken from patients")
     print(f"{release.version}: {len(release.rows)} images, {len(release.skipped)} left out")
-    store = prepare(release, out, size=size, workers=workers, max_bad=max_bad, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    store = prepare_part(release, out, shard, size=size, workers=workers, max_bad=max_bad, progress=progress)
+    if store is None:
+        print(f"{out}: part {shard[0]} of {shard[1]} is done, others are missing; the last to end makes the store")
+        return
     counts = ", ".join(f"{count} {split}" for split, count in store.info["counts"].items())
     print(f"{out}: {len(store)} images ({counts}), {store.info['skipped']} left out, listed in {out}/skipped.csv")
 

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from sista_pl.errors import SistaError
 from sista_pl.registry import Registry
 
 if TYPE_CHECKING:
@@ -36,8 +39,7 @@ def grouped_split(
     train, val, _ = fractions
 
     def split(group: str) -> str:
-        digest = hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()
-        position = int.from_bytes(digest, "big") / 2**64
+        position = int.from_bytes(_digest(f"{seed}:{group}"), "big") / 2**64
         return "train" if position < train else "val" if position < train + val else "test"
 
     by_group = {group: split(group) for group in dict.fromkeys(groups)}
@@ -84,7 +86,7 @@ def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> 
     Returns:
         {id: split}
     """
-    order = sorted(set(ids), key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())
+    order = sorted(set(ids), key=lambda name: _digest(f"{seed}:{name}"))
     dealt: dict[str, str] = {}
     total, start = sum(sizes.values()), 0.0
     for name, size in sizes.items():
@@ -92,3 +94,44 @@ def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> 
         dealt |= dict.fromkeys(order[round(start) : round(end)], name)
         start = end
     return dealt
+
+
+def label_fraction(patients: Sequence[str], labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+    """Choose a share of the labelled images by whole patients: nested, stratified, a function of ids and seed alone.
+
+    Patients are ordered once for each seed, such that every beginning of the order holds the strata in their shares;
+    a fraction is a beginning, so that 1 % lies within 10 %. A patient's stratum is the rarest label that any of
+    their images has. The order of the rows changes nothing.
+
+    Args:
+        patients: (N) patient of each image.
+        labels: (N, K) 1 present, 0 absent, NaN unknown; K may be 0.
+        fraction: in (0, 1]; as many images as come nearest to it, of one patient at least.
+        seed: another seed, another choice.
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        SistaError: a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise SistaError(f"label fraction {fraction}: give a share above 0 and at most 1, as 0.01")
+    names, of = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    present = np.zeros((len(names), labels.shape[1]), bool)
+    np.logical_or.at(present, of, labels == 1)
+    by_rarity = np.argsort(present.sum(0), kind="stable")
+    stratum = np.where(present.any(1), present[:, by_rarity].argmax(1), -1) if labels.shape[1] else np.zeros(len(names))
+    chance = np.array([int.from_bytes(_digest(f"{seed}:{name}"), "big") for name in names], dtype=np.uint64)
+    place = np.empty(len(names))
+    for value in np.unique(stratum):
+        members = np.flatnonzero(stratum == value)
+        place[members[np.argsort(chance[members])]] = (np.arange(len(members)) + 0.5) / len(members)
+    order = np.lexsort((chance, place))
+    taken = np.cumsum(np.bincount(of, minlength=len(names))[order])
+    count = 1 + int(np.abs(taken - fraction * len(of)).argmin())
+    return np.isin(of, order[:count])
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

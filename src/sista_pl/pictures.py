@@ -36,7 +36,7 @@ class WordMapPicture(Callback):
         transform = transforms.build(data.size, data.crop, train=False)
         rows, maps = self._rows(data), []
         tokens = task.tokens.batch([int(data.report_ids[row]) for row in rows])
-        images = torch.stack([transform(torch.from_numpy(np.array(data.store.image(row)))[None]) for row in rows])
+        images = transforms.normalise(transform(torch.from_numpy(data.store.images(rows))[:, None]))
         words = task.encode_text({k: v.to(task.device) for k, v in tokens.items()})
         patches = task.encode_image(images.to(task.device))
         similarity = torch.nn.functional.normalize(words.local.float(), dim=-1) @ torch.nn.functional.normalize(

@@ -7,6 +7,8 @@ from torch.utils.data import Dataset
 
 from sista_pl.data import transforms
 from sista_pl.data.loader import EpochSampler, ResumableLoader
+from sista_pl.data.module import StoreDataset
+from sista_pl.data.store import Store
 from sista_pl.errors import SistaError
 
 
@@ -78,9 +80,25 @@ def test_augmentation_is_a_function_of_its_seed_and_leaves_the_global_generator(
     assert not torch.equal(a, c)
     assert torch.equal(torch.get_rng_state(), before)
     assert a.shape == (1, 32, 32)
+    assert a.dtype == torch.uint8
+    a = transforms.normalise(a)
     assert -1 <= a.min() < a.max() <= 1
 
 
 def test_crop_larger_than_the_store():
     with pytest.raises(SistaError, match="crop is 64 but the store holds 32"):
         transforms.build(32, 64, train=True)
+
+
+def test_a_batch_is_its_images_one_by_one(phantom_store):
+    store = Store.open(phantom_store)
+    transform = transforms.build(64, 48, train=True, contrast=0.2)
+    places = [(5, 11), (0, 12), (7, 13)]
+    batch = StoreDataset(store, transform, random=True).__getitems__(places)
+    assert batch["index"].tolist() == [5, 0, 7]
+    for image, (row, seed) in zip(batch["image"], places, strict=True):
+        torch.manual_seed(seed)  # the slow way: the global generator
+        whole = transform(torch.from_numpy(store.image(row))[None])
+        assert torch.allclose(image, whole / 127.5 - 1, atol=1e-6)
+    middle = StoreDataset(store, transforms.build(64, 48, train=False), random=False).__getitems__(places)["image"]
+    assert torch.allclose(middle[1, 0], torch.from_numpy(store.image(0)[8:56, 8:56]) / 127.5 - 1, atol=1e-6)

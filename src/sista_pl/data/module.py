@@ -6,13 +6,14 @@ B samples, H W pixels.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from sista_pl import distributed
 from sista_pl.data import transforms
@@ -22,7 +23,7 @@ from sista_pl.errors import SistaError
 
 
 class StoreDataset(Dataset):
-    """Images of a store with their row; a subclass adds what its task needs in `sample`."""
+    """Images of a store with their row, a batch at a time; a subclass adds what its task needs in `samples`."""
 
     def __init__(self, store: Store, transform, random: bool):
         self.store, self.transform, self.random = store, transform, random
@@ -30,14 +31,28 @@ class StoreDataset(Dataset):
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        row, seed = place
-        image = torch.from_numpy(np.array(self.store.image(row)))[None]  # 1 H W
-        image = transforms.seeded(self.transform, image, seed) if self.random else self.transform(image)
-        return {"image": image, "index": row, **self.sample(row)}
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the batch of these (row, seed of the augmentation): image (B, 1, H, W) in [-1, 1], index (B,), …"""
+        rows = np.array([row for row, _ in places])
+        images = torch.from_numpy(self.store.images(rows))[:, None]
+        if self.random:
+            images = torch.stack(
+                [
+                    transforms.seeded(self.transform, image, seed)
+                    for image, (_, seed) in zip(images, places, strict=True)
+                ]
+            )
+        else:
+            images = self.transform(images)
+        return {"image": transforms.normalise(images), "index": torch.from_numpy(rows), **self.samples(rows)}
 
-    def sample(self, row: int) -> dict[str, Any]:
+    def samples(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return further (B, …) tensors of these rows."""
         return {}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class BaseDataModule(LightningDataModule):
@@ -141,7 +156,7 @@ class BaseDataModule(LightningDataModule):
             self.rows[split], self.batch_size, train, self.seed, distributed.rank(), distributed.world_size()
         )
         return ResumableLoader(
-            self.dataset_class(self.store, transform, train), sampler, collate_fn=default_collate,
+            self.dataset_class(self.store, transform, train), sampler, collate_fn=_as_it_is,
             num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
             # else the loader draws its workers' seeds from the global generator, and a resumed run differs
             generator=torch.Generator().manual_seed(self.seed),
@@ -174,4 +189,7 @@ class BaseDataModule(LightningDataModule):
         # Lightning rebuilds the loader of a prediction from standard arguments, to track the rows
         loader = self._loader("test", False)
         rows = [place for batch in loader.batch_sampler for place in batch]
-        return DataLoader(loader.dataset, batch_size=self.batch_size, sampler=rows, num_workers=self.num_workers)
+        return DataLoader(
+            loader.dataset, batch_size=self.batch_size, sampler=rows, num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from sista_pl.data.module import BaseDataModule, StoreDataset
 from sista_pl.data.similarity import Similarity, fit_similarity
@@ -18,8 +19,8 @@ class PairDataset(StoreDataset):
 
     report_ids: np.ndarray
 
-    def sample(self, row: int) -> dict[str, Any]:
-        return {"report": int(self.report_ids[row])}
+    def samples(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"report": torch.from_numpy(self.report_ids[rows])}
 
 
 class PairDataModule(BaseDataModule):

@@ -91,7 +91,7 @@ class Store:
         """Return image `index` as (size, size) uint8."""
         return self._read("images", index, np.empty((self.size, self.size), np.uint8))
 
-    def images(self, indices: Sequence[int]) -> np.ndarray:
+    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return n images as (n, size, size) uint8."""
         out = np.empty((len(indices), self.size, self.size), np.uint8)
         for place, index in zip(out, indices, strict=True):

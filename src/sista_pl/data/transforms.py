@@ -16,7 +16,7 @@ MEAN, STD = 0.5, 0.5
 
 
 def build(size: int, crop: int, train: bool, rotate: float = 0.0, contrast: float = 0.0) -> v2.Compose:
-    """Return the transform from (1, size, size) uint8 to (1, crop, crop) float in [-1, 1].
+    """Return the augmentation from (…, 1, size, size) to (…, 1, crop, crop), both uint8; `normalise` comes after it.
 
     Args:
         size: side of the stored image in pixels.
@@ -36,11 +36,20 @@ def build(size: int, crop: int, train: bool, rotate: float = 0.0, contrast: floa
     steps.append(v2.RandomCrop(crop) if train else v2.CenterCrop(crop))
     if train and contrast:
         steps.append(v2.ColorJitter(brightness=contrast, contrast=contrast))
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([MEAN], [STD])])
+    return v2.Compose(steps)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(…, 1, H, W) uint8 → float in [-1, 1]."""
+    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), [MEAN], [STD])
 
 
 def seeded(transform: v2.Compose, image: Tensor, seed: int) -> Tensor:
     """Apply a random transform as a pure function of (image, seed); the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    state = torch.get_rng_state()
+    # not torch.manual_seed: it seeds every device too, which takes longer than the transform
+    torch.default_generator.manual_seed(seed)
+    try:
         return transform(image)
+    finally:
+        torch.set_rng_state(state)

@@ -36,8 +36,9 @@ format: $(BIN)/.ready  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BIN)/.ready  ## what the losses cost beside the encoders
-	$(BIN)/sista bench
+bench: $(BIN)/.ready  ## speed as ratios: the losses, the data
+	$(BIN)/sista bench step
+	$(BIN)/sista bench data
 
 docker: ## build the image
 	docker build --file docker/Dockerfile --tag sista .

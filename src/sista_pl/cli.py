@@ -17,7 +17,7 @@ TRAINER_VERBS = {
 }
 LIGHT_VERBS = {
     "data": ("sista_pl.commands.data", "draw a phantom, prepare and look at data"),
-    "bench": ("sista_pl.commands.bench", "what the losses cost beside the encoders"),
+    "bench": ("sista_pl.commands.bench", "speed as ratios: the losses beside the encoders, the store beside decoding"),
     "list": ("sista_pl.commands.list", "what is installed: tasks, encoders, losses, datasets, configs, runs"),
 }
 HELP = """usage: sista VERB ...

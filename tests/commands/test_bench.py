@@ -8,7 +8,7 @@ from sista_pl.cli import main
 def test_prints_and_writes_ratios(tmp_path, capsys):
     path = tmp_path / "bench.json"
     options = ["--image-size", "32", "--batch-size", "4", "--rounds", "1", "--json", str(path)]
-    assert main(["bench", *options]) == 0
+    assert main(["bench", "step", *options]) == 0
     figures = json.loads(path.read_text())["figures"]
     assert figures["encoders"]["ratio_to_encoders"] == 1
     assert {"clip", "sia", "sia + sta within", "sia + sta batch"} < set(figures)
@@ -16,5 +16,16 @@ def test_prints_and_writes_ratios(tmp_path, capsys):
 
 
 def test_nonsense_is_refused(capsys):
-    assert main(["bench", "--rounds", "0"]) == 2
+    assert main(["bench", "step", "--rounds", "0"]) == 2
     assert "at least 1 round" in capsys.readouterr().err
+    assert main(["bench", "data", "--size", "64", "--crop", "65"]) == 2
+    assert "a crop of at most the size" in capsys.readouterr().err
+
+
+def test_data_ratios(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert main(["bench", "data", "--images", "2", "--rounds", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["ratios"]["store loader"]["median"] > 1
+    assert 0 <= figures["mean_difference"] < 1
+    assert "as fast as decoding in each epoch" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`sista bench`: what the losses cost beside the encoders, as a ratio measured side by side in one run."""
+"""`sista bench`: speed as ratios, measured side by side in alternating rounds of one run."""
 
 from __future__ import annotations
 
@@ -8,52 +8,103 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sista_pl.errors import SistaError
 
 REPORT = "Small left pleural effusion with adjacent atelectasis. The heart is mildly enlarged. No pneumothorax is seen."
+_EPILOG = """\
+examples:
+  sista bench step --image-encoder resnet10t --image-size 96 --batch-size 32 --rounds 5
+  sista bench data --images 8 --size 256
+"""
 
 
 def main(argv: list[str]) -> int:
     """Time alternating rounds and print medians with their spread."""
-    parser = argparse.ArgumentParser(
-        prog="sista bench",
-        description="Time a training step of the encoders alone and with each set of losses, in alternating rounds.",
-        epilog="example:\n  sista bench --image-encoder resnet10t --image-size 96 --batch-size 32 --rounds 5",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--image-encoder", default="resnet10t", help="timm name (default: resnet10t)")
-    parser.add_argument("--image-size", type=int, default=96, help="side of the images in pixels (default: 96)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs a step (default: 32)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up (default: 5)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sista bench", description=__doc__, epilog=_EPILOG, formatter_class=raw)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    step = verbs.add_parser("step", help="a training step with each set of losses, against the encoders alone")
+    step.add_argument("--image-encoder", default="resnet10t", help="timm name (default: %(default)s)")
+    step.add_argument("--image-size", type=int, default=96, help="side of the images in pixels (default: %(default)s)")
+    step.add_argument("--batch-size", type=int, default=32, help="pairs a step (default: %(default)s)")
+    step.set_defaults(run=_bench_step)
+    data = verbs.add_parser("data", help="preparing and reading a store, against decoding each image in each epoch")
+    data.add_argument("--images", type=int, default=6, help="JPEGs of 8 megapixels to draw (default: %(default)s)")
+    data.add_argument("--size", type=int, default=256, help="side of the stored images (default: %(default)s)")
+    data.add_argument("--crop", type=int, default=224, help="side of the crop (default: %(default)s)")
+    data.set_defaults(run=_bench_data)
+    for verb in (step, data):
+        verb.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up (default: %(default)s)")
+        verb.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
-    if options.rounds < 1 or options.batch_size < 2:
-        raise SistaError("bench: give at least 1 round and a batch of at least 2")
-    steps = _steps(options.image_encoder, options.image_size, options.batch_size)
+    if options.rounds < 1:
+        raise SistaError("bench: give at least 1 round")
+    figures = options.run(options)
+    if options.json:
+        told = {key: value for key, value in vars(options).items() if key != "run"}
+        options.json.write_text(json.dumps(told | figures, indent=2, default=str) + "\n")
+    return 0
+
+
+def _alternate(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, the first round left out."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(options.rounds + 1):
+    for round_ in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if round_:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _ratio(values: list[float], base: list[float]) -> dict[str, Any]:
+    """How many times the base each round took: median, and range over the rounds."""
+    ratios = [value / other for value, other in zip(values, base, strict=True)]
+    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+
+
+def _bench_step(options: argparse.Namespace) -> dict[str, Any]:
+    if options.batch_size < 2:
+        raise SistaError("bench: give a batch of at least 2")
+    seconds = _alternate(_steps(options.image_encoder, options.image_size, options.batch_size), options.rounds)
     figures = {}
     for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds["encoders"], strict=True)]
-        figures[name] = {
-            "pairs_per_second": options.batch_size / statistics.median(values),
-            "ratio_to_encoders": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)],
-        }
-        low, high = figures[name]["ratio_range"]
-        print(
-            f"{name:<22} {figures[name]['pairs_per_second']:8.1f} pairs/s   "
-            f"{figures[name]['ratio_to_encoders']:.3f} x the encoders ({low:.3f} to {high:.3f})"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(vars(options) | {"figures": figures}, indent=2, default=str) + "\n")
-    return 0
+        ratio = _ratio(values, seconds["encoders"])
+        rate = options.batch_size / statistics.median(values)
+        figures[name] = {"pairs_per_second": rate, "ratio_to_encoders": ratio["median"], "ratio_range": ratio["range"]}
+        low, high = ratio["range"]
+        print(f"{name:<22} {rate:8.1f} pairs/s   {ratio['median']:.3f} x the encoders ({low:.3f} to {high:.3f})")
+    return {"figures": figures}
+
+
+def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
+    from sista_pl.commands import bench_data
+
+    if options.images < 2 or not 1 <= options.crop <= options.size:
+        raise SistaError("bench: give at least 2 images, and a crop of at most the size")
+    steps, facts = bench_data.steps(options.images, options.size, options.crop)
+    passes = {name: step() for name, step in steps.items()}
+    seconds = _alternate(steps, options.rounds)
+    rates = {name: passes[name] / statistics.median(values) for name, values in seconds.items()}
+    print(f"{facts['images']}, one core")
+    for name, rate in rates.items():
+        print(f"{name:<22} {rate:8.1f} images/s")
+    each = {name: [value / passes[name] for value in values] for name, values in seconds.items()}
+    ratios = {
+        "prepare": _ratio(each["plain"], each["prepare"]),
+        "store loader": _ratio(each["decoding loader"], each["store loader"]),
+    }
+    print(f"prepare:      {_told(ratios['prepare'])} as fast as a full decode and resize; "
+          f"mean difference {facts['difference']:.2f} grey levels")  # fmt: skip
+    print(f"store loader: {_told(ratios['store loader'])} as fast as decoding in each epoch")
+    return {"images_per_second": rates, "ratios": ratios, "mean_difference": facts["difference"]}
+
+
+def _told(ratio: dict[str, Any]) -> str:
+    return f"{ratio['median']:.2f} times ({ratio['range'][0]:.2f} to {ratio['range'][1]:.2f})"
 
 
 def _steps(image_encoder: str, size: int, batch_size: int) -> dict[str, Callable[[], None]]:

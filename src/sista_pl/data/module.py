@@ -51,7 +51,8 @@ class StoreDataset(Dataset):
         return {}
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: `StoreDataset` returns whole batches."""
     return batch
 
 
@@ -156,7 +157,7 @@ class BaseDataModule(LightningDataModule):
             self.rows[split], self.batch_size, train, self.seed, distributed.rank(), distributed.world_size()
         )
         return ResumableLoader(
-            self.dataset_class(self.store, transform, train), sampler, collate_fn=_as_it_is,
+            self.dataset_class(self.store, transform, train), sampler, collate_fn=as_it_is,
             num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
             # else the loader draws its workers' seeds from the global generator, and a resumed run differs
             generator=torch.Generator().manual_seed(self.seed),
@@ -191,5 +192,5 @@ class BaseDataModule(LightningDataModule):
         rows = [place for batch in loader.batch_sampler for place in batch]
         return DataLoader(
             loader.dataset, batch_size=self.batch_size, sampler=rows, num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
         )  # fmt: skip

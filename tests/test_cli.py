@@ -80,7 +80,9 @@ def test_the_command_line_wins_over_interpolation(capsys, workdir):
     [
         (["fitt"], "unknown verb 'fitt'; did you mean fit?"),
         (["fit", "--config", "pretrian.yaml"], "did you mean pretrain.yaml?"),
-        (["fit", "--config", "pretrain.yaml", "--model.lr_", "1"], "lr_"),
+        (["fit", "--config", "pretrain.yaml", "--model.lr_", "1"], "did you mean lr?"),
+        (["fit", "--config", "pretrain.yaml", "--trainer.max_epoch", "1"], "did you mean max_epochs?"),
+        (["fit", "--config", "pretrain.yaml", "--data.batchsize", "4"], "did you mean batch_size?"),
         (["fit", "--config", "pretrain.yaml", "--model.lr", "fast"], "fast"),
         (["fit", "--config", "pretrain.yaml", "--model", "PretrainTusk"], "did you mean PretrainTask?"),
         (["fit", "--config", "pretrain.yaml", "--data.batch_size", "1"], "a contrast needs at least 2 pairs"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import re
 import sys
@@ -72,8 +74,10 @@ def explain(message: str) -> str:
     key = next((m[1] for line in lines if (m := re.search(r'(?:Parser key|key) "([^"]+)"', line))), None)
     if match := re.search(
         r"(?:Key|Option|Option name) '([^']+)' (?:is not expected|not found|is not accepted)", message
-    ):
-        return f"configuration: unknown key {match[1]!r}{_in(key)}; `sista fit --help` lists the keys"
+    ) or re.search(r"unrecognized arguments: --([^\s=]+)", message):
+        near = difflib.get_close_matches(match[1].rsplit(".", 1)[-1], _keys(), n=1)
+        told = f"did you mean {near[0]}?" if near else "`sista fit --help` lists the keys"
+        return f"configuration: unknown key {match[1]!r}{_in(key)}; {told}"
     if match := re.search(r"Expected a dot import path string: ([\w.]+)", message) or re.search(
         r"(?:No module named|Import path|class_path:?) ['\"]?([\w.]+)", message
     ):
@@ -99,6 +103,17 @@ def _classes() -> list[str]:
     return [name for name in found if not name.startswith("Base")]
 
 
+def _keys() -> set[str]:
+    """The arguments of every task, data module and of the Trainer."""
+    classes: list[type] = [BaseTask, BaseDataModule, Trainer]
+    keys: set[str] = set()
+    while classes:
+        cls = classes.pop()
+        keys |= set(inspect.signature(cls).parameters) - {"self", "kwargs"}
+        classes += cls.__subclasses__()
+    return keys
+
+
 class SistaCLI(LightningCLI):
     """Wires a task, a data module and a Trainer from YAML.
 
@@ -107,7 +122,8 @@ class SistaCLI(LightningCLI):
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = Parser(**kwargs)
+        # an abbreviation that happens to be unique today is another key tomorrow
+        parser = Parser(**kwargs, allow_abbrev=False)
         parser.add_argument(
             "-c", "--config", action=PackagedConfig,
             help="configuration: a file, or the name of a packaged one (`sista list configs`); later ones override",

@@ -81,8 +81,8 @@ def explain(message: str) -> str:
     if match := re.search(r"Expected a dot import path string: ([\w.]+)", message) or re.search(
         r"(?:No module named|Import path|class_path:?) ['\"]?([\w.]+)", message
     ):
-        near = did_you_mean(match[1].rsplit(".", 1)[-1], _classes())
-        return f"configuration: unknown class {match[1]!r}{_in(key)}; {near}"
+        known = did_you_mean(match[1].rsplit(".", 1)[-1], _classes())
+        return f"configuration: unknown class {match[1]!r}{_in(key)}; {known}"
     detail = lines[-1] if lines else "can't be parsed"
     first = lines[0] if lines else ""
     text = detail if first == detail else f"{first} {detail}".strip()

@@ -1,10 +1,13 @@
 import csv
+import json
 import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from sista_pl.data.formats import READERS
 from sista_pl.data.prepare import prepare
@@ -202,3 +205,65 @@ def test_real_set(tmp_path):
     shares = [(store.mask(i) == 255).mean() for i in masked]
     assert 0.1 < min(shares) < max(shares) < 0.6
     assert (store.mask(store.manifest.index[~store.manifest["has_mask"]][0]) == 127).all()
+
+
+def test_boxes_of_a_second_table_are_cut_at_the_image(tmp_path):
+    write(tmp_path / "studies.csv")
+    head = ["image_id", "category", "x", "y", "w", "h"]
+    rows = [
+        ["images/a.png", "nodule", "1", "2", "3", "4"],
+        ["images/a.png", "mass", "-5", "30", "10.5", "99"],
+        ["images/b.png", "mass", "1", "2", "nan", "4"],
+        ["images/d.png", "mass", "1", "2", "0", "4"],
+    ]
+    write(tmp_path / "boxes.csv", rows, head)
+    release = read(tmp_path, table="studies.csv", boxes="boxes.csv")
+    assert [row.boxes and len(row.boxes) for row in release.rows] == [2, None, None]
+    assert release.skipped[0][1] == "boxes.csv:4: box [1.0, 2.0, nan, 4.0] is no rectangle"
+    assert "boxes.csv:5" in release.skipped[1][1]
+    for row in release.rows:
+        row.image.parent.mkdir(exist_ok=True)
+        Image.new("L", (40, 50)).save(row.image)
+    store = prepare(release, tmp_path / "store", size=50, progress=False)
+    assert json.loads(store.manifest["boxes"][0]) == [
+        {"category": "nodule", "x": 6.0, "y": 2.0, "w": 3.0, "h": 4.0},
+        {"category": "mass", "x": 5.0, "y": 30.0, "w": 5.5, "h": 20.0},
+    ]
+    rows[0][2] = "40"
+    write(tmp_path / "boxes.csv", rows, head)
+    outside = read(tmp_path, table="studies.csv", boxes="boxes.csv")
+    store = prepare(outside, tmp_path / "outside", size=50, max_bad=0.5, progress=False)
+    assert "box 40 2 3 4 outside the image of 40×50" in (tmp_path / "outside/skipped.csv").read_text()
+    with pytest.raises(SistaError, match="no such table"):
+        read(tmp_path, table="studies.csv", boxes="boxen.csv")
+
+
+@pytest.mark.real
+def test_masks_boxes_and_blank_labels_of_real_images(real_data, tmp_path):
+    labels = ["covid19", "pneumonia", "no_finding"]
+    release = read(
+        real_data, table="studies.csv", boxes="boxes.csv", require_report=False,
+        columns={"labels": labels, "group": "group_id"},
+    )  # fmt: skip
+    truth = pd.read_csv(real_data / "studies.csv", dtype={"patient_id": str}).set_index("image_id")
+    drawn = pd.read_csv(real_data / "boxes.csv")
+    release.rows = [row for row in release.rows if row.mask is not None or row.boxes]
+    store = prepare(release, tmp_path / "store", size=128, workers=2, progress=False)
+    assert len(store) == len(release.rows) == len(set(truth.index[truth["mask"].notna()]) | set(drawn["image_id"]))
+    masks = np.stack([store.mask(i) for i in np.flatnonzero(store.manifest["has_mask"])])
+    assert len(masks) == truth["mask"].notna().sum() == 139
+    assert set(np.unique(masks)) == {0, 127, 255}
+    # a lung is a fifth to a half of a chest film
+    assert 0.1 < np.median((masks == 255).mean((1, 2))) < 0.5
+    boxes = {name: json.loads(text) for name, text in store.manifest.set_index("image_id")["boxes"].dropna().items()}
+    assert sum(map(len, boxes.values())) == len(drawn)
+    for name, found in boxes.items():
+        scale = 128 / max(truth.loc[name, "width"], truth.loc[name, "height"])
+        expected = drawn[drawn["image_id"] == name]
+        assert [b["category"] for b in found] == expected["category"].tolist()
+        for box, w in zip(found, expected["w"], strict=True):
+            assert box["w"] <= w * scale + 0.01
+            assert box["x"] >= 0
+            assert box["x"] + box["w"] <= 128.01
+    known = truth.loc[store.manifest["image_id"], "pneumonia"].notna()
+    assert store.manifest["label_pneumonia"].notna().sum() == known.sum()

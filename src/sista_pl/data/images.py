@@ -38,9 +38,19 @@ def fit(width: int, height: int, size: int) -> tuple[float, int, int]:
 
 
 def fit_box(box: Mapping[str, Any], width: int, height: int, size: int) -> dict[str, Any]:
-    """Return the box `{"x", "y", "w", "h", …}` of a (width, height) image in pixels of the square, to 1/100."""
+    """Return the box `{"x", "y", "w", "h", …}` of a (width, height) image in pixels of the square, to 1/100.
+
+    What leaves the image is cut off.
+
+    Raises:
+        BadImage: no part of the box lies in the image.
+    """
     scale, dx, dy = fit(width, height, size)
-    place = {"x": box["x"] * scale + dx, "y": box["y"] * scale + dy, "w": box["w"] * scale, "h": box["h"] * scale}
+    x, y = max(0, box["x"]), max(0, box["y"])
+    w, h = min(width, box["x"] + box["w"]) - x, min(height, box["y"] + box["h"]) - y
+    if not (w > 0 and h > 0):
+        raise BadImage(f"box {box['x']:g} {box['y']:g} {box['w']:g} {box['h']:g} outside the image of {width}×{height}")
+    place = {"x": x * scale + dx, "y": y * scale + dy, "w": w * scale, "h": h * scale}
     return {**box, **{key: round(float(value), 2) for key, value in place.items()}}
 
 

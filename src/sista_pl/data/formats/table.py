@@ -54,6 +54,7 @@ def read_table(
     images: str | None = None,
     where: Mapping[str, Any] | None = None,
     require_report: bool = True,
+    boxes: str | None = None,
     seed: int = 0,
 ) -> Release:
     """Read a table with one row an image.
@@ -67,6 +68,8 @@ def read_table(
         images: folder that relative image and mask paths start from (default: the table's); none may leave it.
         where: keep rows that have this value, or one of these, in these columns.
         require_report: drop (and count) rows without a text.
+        boxes: a second table beside the first, one row a box: image_id, category, x, y, w, h in pixels of the image; an
+            image without a row there has boxes that nobody looked for.
         seed: of the 80/10/10 split by group, or else patient, that a table without a split column gets.
 
     Raises:
@@ -98,8 +101,9 @@ def read_table(
     splits = _splits(file, column("split"), numbers) if "split" in roles else grouped_split(patients, seed)
     labels = _labels(file, frame, roles.get("labels", []), numbers)
     folder = file.parent if images is None else file.parent / images
+    boxes_of, skipped = _boxes(_find(file.parent, boxes)) if boxes else ({}, [])
 
-    rows, skipped = [], []
+    rows = []
     fields = zip(
         ids, patients, studies, paths, column("view"), splits, column("report"), column("findings"),
         column("impression"), labels, column("mask"), numbers, strict=True,
@@ -114,10 +118,14 @@ def read_table(
         except (BadReport, _Outside) as why:
             skipped.append((name or source, f"{source}: {why}"))
             continue
-        rows.append(Row(name, patient, study, image_path, view, split, *text, values, mask_path, source=source))
+        rows.append(
+            Row(name, patient, study, image_path, view, split, *text, values, mask_path, boxes_of.get(name), source)
+        )
     options = {"where": {str(k): _listed(v) for k, v in (where or {}).items()}, "require_report": require_report}
     if "split" not in roles:
         options["split_seed"] = seed
+    if boxes:
+        options["boxes"] = boxes
     return Release(
         "table",
         file.name,
@@ -252,6 +260,22 @@ def _labels(file: Path, frame: pd.DataFrame, names: Sequence[str], numbers: Sequ
         columns.append(values.tolist())
     keys = [name.removeprefix("label_") for name in names]
     return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)] or [{} for _ in numbers]
+
+
+def _boxes(file: Path) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, str]]]:
+    """Return the boxes of each image, and what was left out; those that leave the image are cut in preparation."""
+    frame = _load(file)
+    need_columns(file, list(frame.columns), ["image_id", "category", "x", "y", "w", "h"])
+    found: dict[str, list[dict[str, Any]]] = {}
+    skipped = []
+    places = frame[["x", "y", "w", "h"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    names = zip(frame["image_id"].str.strip(), frame["category"].str.strip(), places.tolist(), strict=True)
+    for number, (name, category, place) in enumerate(names, start=2):
+        if not all(map(math.isfinite, place)) or place[2] <= 0 or place[3] <= 0:
+            skipped.append((name, f"{file.name}:{number}: box {place} is no rectangle"))
+            continue
+        found.setdefault(name, []).append({"category": category, **dict(zip("xywh", place, strict=True))})
+    return found, skipped
 
 
 def _inside(folder: Path, path: str) -> Path:

@@ -35,10 +35,14 @@ class WordMaps:
 def draw_word_maps(studies: Sequence[WordMaps], path: Path, title: str) -> Path:
     """Draw a row a study: the film with its report, then each word's map over it; written as PNG."""
     columns = 1 + max(len(study.words) for study in studies)
-    figure = Figure(figsize=(2.3 * columns, 2.95 * len(studies) + 0.4), layout="constrained")
+    # by hand, in inches: the caption below a film is no part of its axes, which no automatic layout takes well
+    head, film, caption_height = 0.6, 2.3, 0.85
+    height = head + (film + caption_height) * len(studies)
+    figure = Figure(figsize=(film * columns, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
     axes = figure.subplots(len(studies), columns, squeeze=False)
+    figure.subplots_adjust(0.005, caption_height / height, 0.995, 1 - head / height, 0.03, caption_height / film)
     for row, study in zip(axes, studies, strict=True):
         for axis in row:
             axis.set_axis_off()

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class SistaError(Exception):
-    """A mistake in the input: printed as one line `sista: <thing>: <why>; <next step>`, exit code 2, no traceback."""
+    """A mistake in the input: printed as one line `sista: <thing>: <why>; <next step>`, exit code 2, no traceback.
+
+    Line breaks of the message become blanks, and a junk value of thousands of characters is cut.
+    """
+
+    def __init__(self, message: str):
+        line = " ".join(str(message).split("\n"))
+        super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-250:]}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def read_csv(file: Path) -> pd.DataFrame:
     """Read a `.csv` or `.csv.gz` with every value as text, blank as ""."""
     try:
         return pd.read_csv(file, dtype=str, keep_default_na=False)
-    except (ValueError, EOFError, OSError) as why:
+    except (ValueError, EOFError, OSError, zlib.error) as why:
         reason = " ".join(str(why).split())
         raise SistaError(f"{file}: not a readable CSV ({reason}); download it again") from None
 

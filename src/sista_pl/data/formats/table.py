@@ -8,6 +8,7 @@ import io
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def _load(file: Path) -> pd.DataFrame:
         raise SistaError(
             f"{file}: row 2 has more values than the header; quote texts that hold the separator"
         ) from None
-    except (ValueError, OSError, EOFError, csv.Error) as why:
+    except (ValueError, OSError, EOFError, csv.Error, zlib.error) as why:
         raise SistaError(f"{file}: not a readable table ({' '.join(str(why).split())}); save it again") from None
 
 

@@ -97,6 +97,9 @@ def test_test_without_a_path_takes_the_best_and_says_so(finished, capsys):
     metrics = json.loads((folder / "runs" / "pretrain" / "0001" / "test_metrics.json").read_text())
     assert "test/i2t_R@10" in metrics["test"]
     assert main(["validate", "--config", "pretrain.yaml", *overrides]) == 0
+    # what the run told to type next: its own configuration, whatever it was put together from
+    assert main(["test", "--config", "runs/pretrain/0001/config.yaml"]) == 0
+    assert "checkpoint: runs/pretrain/0001/checkpoints/best.ckpt" in capsys.readouterr().out
 
 
 def test_predict_writes_unit_embeddings(finished):

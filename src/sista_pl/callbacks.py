@@ -194,7 +194,7 @@ class Results(Callback):
             timm = f" (timm weights: {exported}/model.safetensors)" if exported else ""
             out.print(f"encoder: {shown}{timm}", soft_wrap=True)
         out.print(f"metrics: {self.folder.path}/metrics.json", soft_wrap=True)
-        out.print(f"next:    sista test --config {self.folder.name}    # or: mlflow ui --backend-store-uri "
+        out.print(f"next:    sista test --config {self.folder.path}/config.yaml    # or: mlflow ui --backend-store-uri "
                   "sqlite:///mlflow.db", soft_wrap=True, highlight=False)  # fmt: skip
 
 

@@ -235,11 +235,13 @@ def _useful(record: logging.LogRecord) -> bool:
 
 
 def _first_config(argv: Sequence[str]) -> str:
-    """Return the stem of the first `--config`; jsonargparse does not keep it."""
+    """Return the stem of the first `--config`, of a run's config.yaml the run's name; jsonargparse keeps neither."""
     for i, argument in enumerate(argv):
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
-            return Path(value or argv[i + 1]).stem
+            path = Path(value or argv[i + 1])
+            of_a_run = path.name == "config.yaml" and (path.parent / runs.CHECKPOINTS).is_dir()
+            return path.absolute().parent.parent.name if of_a_run else path.stem
     return "run"
 
 

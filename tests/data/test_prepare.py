@@ -160,7 +160,7 @@ def broken_files(folder):
     }
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
-    reasons = ["pixels", "pixels", "truncated", "truncated", "empty file", "not an image", r"\.dcm", "not found"]
+    reasons = ["pixels", "pixels", "truncated", "truncated", "empty file", "not an image", "not a DICOM image", "not found"]
     return dict(zip([*files, "missing.jpg"], reasons, strict=True))
 
 

@@ -60,6 +60,10 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         BadImage: missing, empty, not an image, or of too many pixels.
     """
+    from sista_pl.data.dicom import dicom_size, is_dicom
+
+    if is_dicom(path):
+        return dicom_size(path)
     with _open(path) as image:
         width, height = image.size
         try:
@@ -75,7 +79,7 @@ def read_gray(path: Path, size: int) -> np.ndarray:
     JPEG and PNG of 8 bits are taken as they are, colour by its luma (ITU-R 601), transparency as black, palettes
     resolved. Deeper images (16 bits, 32 bits, float) are scaled linearly by their real range: their smallest value to
     0, their largest to 255. EXIF orientation is applied. A JPEG is decoded at the nearest scale above twice the
-    wanted size, then resized with a Lanczos filter.
+    wanted size, then resized with a Lanczos filter. DICOM is windowed first, see `read_dicom`.
 
     Args:
         path: the file.
@@ -85,7 +89,7 @@ def read_gray(path: Path, size: int) -> np.ndarray:
         (size, size) uint8; long side = `size`, centred, padded with 0.
 
     Raises:
-        BadImage: missing, truncated, empty, not an image, of too many pixels, DICOM (not read yet).
+        BadImage: missing, truncated, empty, not an image, of too many pixels.
     """
 
     def gray(image: Image.Image) -> Image.Image:
@@ -136,8 +140,10 @@ def _scaled(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def _open(path: Path) -> Image.Image:
-    if path.suffix.lower() in (".dcm", ".dicom"):
-        raise BadImage("DICOM (.dcm) is not read yet; convert it to PNG or JPEG")
+    from sista_pl.data.dicom import is_dicom, read_dicom
+
+    if is_dicom(path):
+        return Image.fromarray(read_dicom(path))
     try:
         image = Image.open(path)
     except FileNotFoundError:

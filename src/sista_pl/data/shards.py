@@ -110,6 +110,8 @@ class Shards:
             # an image of too many pixels is refused by images.py; Pillow's own warning would only repeat it
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # the same for headers that are odd and yet readable
+            warnings.filterwarnings("ignore", module=r"pydicom|gdcm")
             pool = stack.enter_context(ThreadPoolExecutor(workers)) if workers > 0 else None
             advance = stack.enter_context(_bar(total, progress))
             for number in numbers:

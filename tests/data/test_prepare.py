@@ -160,8 +160,8 @@ def broken_files(folder):
     }
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
-    reasons = ["pixels", "pixels", "truncated", "truncated", "empty file", "not an image", "not a DICOM image", "not found"]
-    return dict(zip([*files, "missing.jpg"], reasons, strict=True))
+    reasons = ["pixels", "pixels", "truncated", "truncated", "empty file", "not an image", "not a DICOM image"]
+    return dict(zip([*files, "missing.jpg"], [*reasons, "not found"], strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

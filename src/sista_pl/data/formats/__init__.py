@@ -106,4 +106,4 @@ def read_csv(file: Path) -> pd.DataFrame:
         raise SistaError(f"{file}: not a readable CSV ({reason}); download it again") from None
 
 
-from sista_pl.data.formats import mimic_cxr, rsna, table  # noqa: E402, F401  their import is their registration
+from sista_pl.data.formats import mimic_cxr, rsna, siim, table  # noqa: E402, F401  their import is their registration

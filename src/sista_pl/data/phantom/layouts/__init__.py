@@ -1,3 +1,3 @@
 """How each release lies on disk: one file a layout, under the name of its reader."""
 
-from sista_pl.data.phantom.layouts import mimic_cxr, rsna  # noqa: F401  their import is their registration
+from sista_pl.data.phantom.layouts import mimic_cxr, rsna, siim  # noqa: F401  their import is their registration

@@ -1,4 +1,4 @@
-"""The one exception that is a user's mistake and not a defect of ours."""
+"""The exceptions that are a user's mistake or a bad file, and not a defect of ours."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class SistaError(Exception):
     def __init__(self, message: str):
         line = " ".join(str(message).split("\n"))
         super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-250:]}")
+
+
+class BadImage(Exception):
+    """An image or mask file that cannot be used; the message is the reason."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

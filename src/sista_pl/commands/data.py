@@ -30,7 +30,10 @@ An array job gives each task its part; the last to end makes the store, with the
 
 Options of a reader are written KEY=VALUE, the value as YAML:
   mimic_cxr   reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
-  table       table=FILE  columns.image=COLUMN … images=FOLDER  where.COLUMN=VALUE  require_report=false  seed=0
+  rsna        split=rsna/mgca|rsna/gloria-cls
+  siim        split=siim/grouped|siim/mgca-rows
+  table       table=FILE  columns.image=COLUMN … images=FOLDER  boxes=FILE  where.COLUMN=VALUE  require_report=false
+              seed=0
 Example:
   sista data prepare table --root data --out stores/ours --option table=studies.csv --option where.projection=frontal
 """
@@ -70,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = verbs.add_parser(
         "prepare", help="convert a raw release to a store, once", epilog=_PREPARE_EPILOG, formatter_class=raw
     )
-    prepare.add_argument("name", metavar="NAME", help="the format: mimic_cxr, table, or that of a plug-in")
+    prepare.add_argument("name", metavar="NAME", help="the format: one of `sista list datasets`")
     prepare.add_argument("--root", type=Path, required=True, help="folder (or table) of the raw release")
     prepare.add_argument("--out", type=Path, required=True, help="folder of the store")
     prepare.add_argument("--size", type=int, default=256, help="side of the stored images (default: %(default)s)")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from sista_pl.data.images import MAX_PIXELS, BadImage
+from sista_pl.errors import BadImage
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 SUFFIXES = (".dcm", ".dicom")
+# As Pillow's own limit; the largest radiographs have some 25 million pixels.
+MAX_PIXELS = 89_478_485
 
 
 def is_dicom(path: Path) -> bool:

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-# As Pillow's own limit; the largest radiographs have some 25 million pixels.
-MAX_PIXELS = 89_478_485
+from sista_pl.data.dicom import MAX_PIXELS, dicom_size, is_dicom, read_dicom
+from sista_pl.errors import BadImage
+
 IGNORE = 127
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _ORIENTATION = 0x0112
 _NEAREST = Image.Resampling.NEAREST
-
-
-class BadImage(Exception):
-    """An image or mask file that cannot be used; the message is the reason."""
 
 
 def fit(width: int, height: int, size: int) -> tuple[float, int, int]:
@@ -60,8 +57,6 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         BadImage: missing, empty, not an image, or of too many pixels.
     """
-    from sista_pl.data.dicom import dicom_size, is_dicom
-
     if is_dicom(path):
         return dicom_size(path)
     with _open(path) as image:
@@ -140,8 +135,6 @@ def _scaled(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def _open(path: Path) -> Image.Image:
-    from sista_pl.data.dicom import is_dicom, read_dicom
-
     if is_dicom(path):
         return Image.fromarray(read_dicom(path))
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sista_pl.data.images import BadImage
+from sista_pl.errors import BadImage
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def releases(tmp_path_factory):
     lines = ["image,report,patient,view,label_Edema"]
     for row in READERS.build({"name": "mimic_cxr", "root": found["mimic_cxr"]}).rows:
         shutil.copy(row.image, base / "table")
-        lines.append(f"{row.image.name},{row.findings.replace(',', ' ')} {row.impression},{row.patient_id},PA,1")
+        lines.append(f"{row.image.name},{f'{row.findings} {row.impression}'.replace(',', ' ')},{row.patient_id},PA,1")
     (base / "table/studies.csv").write_text("\n".join(lines) + "\n")
     return found | {"table": base / "table"}
 

@@ -154,14 +154,10 @@ class Subject:
 
     def content(self, row: int) -> tuple[int, int, int, int]:
         """Return left, top, right, bottom of the image in its square; the rest is padding."""
-        width, height = int(self.table["width"].iat[row]), int(self.table["height"].iat[row])
+        width, height = (int(self.table[name].to_numpy()[row]) for name in ("width", "height"))
         scale, dx, dy = fit(width, height, self.size)
-        return (
-            dx,
-            dy,
-            min(self.size, dx + max(1, round(width * scale))),
-            min(self.size, dy + max(1, round(height * scale))),
-        )
+        right, bottom = dx + max(1, round(width * scale)), dy + max(1, round(height * scale))
+        return dx, dy, min(self.size, right), min(self.size, bottom)
 
 
 @dataclass
@@ -391,7 +387,7 @@ def _cuts(subject: Subject) -> list[Check]:
             splits = table["split"].to_numpy()[rows]
             pair = [int(rows[0]), int(rows[np.flatnonzero(splits != splits[0])[0]])]
             examples.append((pair, " and ".join(map(str, table["split"].to_numpy()[pair]))))
-        text = f"{len(names):,} of {len(cut):,} {name} lie in two splits"
+        text = f"{len(names):,} of {len(cut):,} {name} in more than one split"
         step = "split by patient: choose another split, or correct the table's"
         checks.append(Check(f"{name} in one split", "problem", text, step, figures, examples))
     return checks
@@ -402,7 +398,7 @@ def _duplicates(subject: Subject, seen: Scan) -> Check:
     frame["row"] = subject.rows
     frame = frame[~seen.flat]
     groups = frame[frame.duplicated("digest", keep=False)].groupby("digest", sort=False)
-    examples, crossing = [], 0
+    examples, crossing = list[tuple[list[int], str]](), 0
     for across in (True, False):
         for _, group in groups:
             if (group["split"].nunique() > 1) == across:
@@ -439,7 +435,8 @@ def _near(subject: Subject, seen: Scan) -> Check:
     if not kept:
         return Check("near-duplicates", "ok", "no near-identical images in two splits", figures=figures)
     images = len({row for rows, _ in kept for row in rows})
-    text = f"{'at least ' if capped else ''}{len(kept):,} pairs of {images:,} images in two splits are nearly identical"
+    text = f"{'at least ' if capped else ''}{len(kept):,} near-identical pair{'s' * (len(kept) > 1)} "
+    text += f"of images in two splits ({images:,} images)"
     step = "look at the pairs; where they are one film, put them in one split"
     return Check("near-duplicates", "warning", text, step, figures, kept[:8])
 
@@ -494,7 +491,9 @@ def _masks(subject: Subject, seen: Scan) -> list[Check]:
     having = seen.mask_digest != b""
     total, empty, strange = int(having.sum()), int((having & (seen.mask_object == 0)).sum()), seen.mask_strange
     figures = {"masks": total, "empty": empty, "strange_values": int(strange.sum())}
-    text = f"{total:,} masks, {empty:,} of them empty ({_share(empty, total)})"
+    text = f"{total:,} masks, " + (
+        f"{empty:,} of them empty ({_share(empty, total)})" if empty else "none of them empty"
+    )
     if strange.any():
         examples = [([int(row)], "other values than 0, 127, 255") for row in subject.rows[strange][:4]]
         text, step = f"{int(strange.sum()):,} masks have other values than 0, 127, 255; {text}", "write them anew"
@@ -507,9 +506,8 @@ def _masks(subject: Subject, seen: Scan) -> list[Check]:
     frame = frame[having & ~seen.flat]
     differing = frame.groupby("digest")["mask"].nunique()
     differing = differing[differing > 1].index
-    leaks, examples = 0, []
-    for digest in differing:
-        group = frame[frame["digest"] == digest]
+    leaks, examples = 0, list[tuple[list[int], str]]()
+    for _, group in frame[frame["digest"].isin(differing)].groupby("digest", sort=False):
         leaks += group["split"].nunique() > 1
         two = group.drop_duplicates("mask")
         two = two.drop_duplicates("split") if two["split"].nunique() > 1 else two
@@ -527,7 +525,7 @@ def _boxes(subject: Subject) -> Check:
     boxes = subject.table["boxes"].dropna()
     sized = set(subject.rows.tolist())
     total = outside = void = none = 0
-    examples = []
+    examples = list[tuple[list[int], str]]()
     for row, text in zip(boxes.index, boxes, strict=True):
         listed = json.loads(text)
         none += not listed
@@ -568,10 +566,9 @@ def _labels(subject: Subject) -> Check:
             counts = {"present": int((values == 1).sum()), "absent": int((values == 0).sum())}
             figures[label][split] = counts | {"unknown": len(values) - sum(counts.values())}
         if any(counts["present"] + counts["absent"] for counts in figures[label].values()):
-            for split, counts in figures[label].items():
-                lacking += [
-                    f"{label} has no {kind} one in {split}" for kind in ("present", "absent") if not counts[kind]
-                ]
+            for kind in ("present", "absent"):
+                without = [split for split, counts in figures[label].items() if not counts[kind]]
+                lacking += [f"{label} has no {kind} one in {', '.join(without)}"] if without else []
     if not names:
         return Check("labels", "ok", "no labels", figures=figures)
     cells = [counts for label in figures.values() for counts in label.values()]
@@ -605,7 +602,7 @@ def _texts(subject: Subject, max_tokens: int, count_tokens: Callable[[list[str]]
     checks = [Check("reports", level, told, step, figures)]
 
     reports = table.assign(text=text)[written].drop_duplicates(["study_id", "text"])
-    words = reports["text"].str.split().str.len().to_numpy()
+    words = np.array([len(report.split()) for report in reports["text"]])
     how = "counted" if count_tokens else "estimate: 1.3 a word"
     tokens = np.array(count_tokens(reports["text"].tolist()) if count_tokens else words * _TOKENS_A_WORD + 2)
     long = int((tokens > max_tokens).sum())

@@ -61,7 +61,7 @@ def read_rsna(root: Path, split: str = "rsna/mgca") -> Release:
         source = f"{LABELS_FILE}:{number}"
         if target not in ("0", "1"):
             raise SistaError(f"{file}: row {number}: Target is {target!r}; 0 or 1 is known")
-        if not name or Path(name).name != name or name in (".", ".."):
+        if not name or "\0" in name or Path(name).name != name or name in (".", ".."):
             skipped.append((name or source, f"{source}: {name!r} is no patient id"))
             continue
         first.setdefault(name, number)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sista_pl.data.formats import Release, Row
-from sista_pl.data.images import BadImage, fit, read_gray, read_mask
+from sista_pl.data.images import BadImage, fit, image_size, read_gray, read_mask
 from sista_pl.data.prepare import prepare, prepare_part
 from sista_pl.data.store import Store
 from sista_pl.errors import SistaError
@@ -162,6 +162,13 @@ def broken_files(folder):
         (folder / name).write_bytes(raw)
     reasons = ["pixels", "pixels", "truncated", "truncated", "empty file", "not an image", "not a DICOM image"]
     return dict(zip([*files, "missing.jpg"], [*reasons, "not found"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "a\0b", "a\0b.dcm"])
+def test_a_nul_in_a_file_name_is_a_bad_image(tmp_path, name):
+    for read in (image_size, lambda path: read_gray(path, 16)):
+        with pytest.raises(BadImage, match="NUL|null byte"):
+            read(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

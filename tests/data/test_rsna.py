@@ -95,6 +95,7 @@ def test_splits_are_functions_of_ids(root):
         ("{name},,,,,1", "no rectangle"),
         ("../../etc/passwd,1,2,3,4,1", "no patient id"),
         (",1,2,3,4,1", "no patient id"),
+        ("a\0b,1,2,3,4,1", "no patient id"),
     ],
 )
 def test_a_bad_row_is_left_out_and_counted(root, tmp_path, row, why):

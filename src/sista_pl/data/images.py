@@ -146,6 +146,8 @@ def _open(path: Path) -> Image.Image:
     except Exception as why:
         if isinstance(why, OSError) and why.errno is not None:
             raise BadImage(f"cannot be read: {why.strerror}") from None
+        if "\0" in str(path):
+            raise BadImage("no file name: it has a NUL") from None
         raise BadImage("not an image" if path.stat().st_size else "empty file") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()

@@ -167,7 +167,7 @@ def broken_files(folder):
 @pytest.mark.parametrize("name", ["a\0b.png", "a\0b", "a\0b.dcm"])
 def test_a_nul_in_a_file_name_is_a_bad_image(tmp_path, name):
     for read in (image_size, lambda path: read_gray(path, 16)):
-        with pytest.raises(BadImage, match="NUL|null byte"):
+        with pytest.raises(BadImage, match=r"NUL|null byte"):
             read(tmp_path / name)
 
 

@@ -205,7 +205,8 @@ def _data_facts(trainer: Trainer) -> dict[str, Any]:
     rows = {name: len(r) for name, r in trainer.datamodule.rows.items()}
     similarity = getattr(trainer.datamodule, "similarity", None)
     return {"phantom": PHANTOM if store.phantom else False,
-            "data": {"source": f"{store.name} {store.version}", "hash": store.hash, "rows": rows,
+            "data": {"source": f"{store.name} {store.version}", "hash": store.hash,
+                     "split": store.info["split"], "rows": rows,
                      "similarity": similarity.report() if similarity is not None else None}}  # fmt: skip
 
 

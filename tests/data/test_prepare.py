@@ -218,11 +218,12 @@ def test_bytes_do_not_depend_on_workers_or_on_where_the_data_lie(tmp_path):
     data = release(tmp_path / "raw", 20, mask_every=4)
     data.rows[7].image.unlink()
     run(data, tmp_path / "a", max_bad=0.1)
-    run(data, tmp_path / "b", max_bad=0.5, workers=3)
+    run(data, tmp_path / "b", max_bad=0.5, workers=1)
+    run(data, tmp_path / "d", max_bad=0.5, workers=4)
     moved = release(tmp_path / "elsewhere/raw", 20, mask_every=4)
     moved.rows[7].image.unlink()
     run(moved, tmp_path / "c", max_bad=0.1, workers=2)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c") == contents(tmp_path / "d")
 
 
 def test_bad_images_are_left_out_and_listed(tmp_path, data):

@@ -1,6 +1,6 @@
 import pytest
 
-from sista_pl.data.reports import MAX_REPORT_BYTES, BadReport, clean, decode, split_sections
+from sista_pl.data.reports import MAX_REPORT_BYTES, BadReport, clean, decode, normalise_mgca, split_sections
 
 REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -69,3 +69,18 @@ def test_decode_knows_two_encodings():
 def test_decode_refuses_what_is_no_report(raw, why):
     with pytest.raises(BadReport, match=why):
         decode(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No effusion. Normal. Heart is fine.", "no effusion heart is fine"),  # sentences of one word go
+        ("Größe: normal 3.5 cm.", "gre normal 5 cm"),
+        ("1. One thing. 2. Another.", ""),
+        ("1. One small thing. 2. Another.", "one small thing"),
+        ("Clear lungs.", ""),  # fewer than three words
+        ("", ""),
+    ],
+)
+def test_mgca_normalisation_keeps_ascii_words_of_sentences(text, expected):
+    assert normalise_mgca(text) == expected

@@ -170,15 +170,28 @@ class BaseDataModule(LightningDataModule):
             self.position = None
         return self.train_loader
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the place in the training epoch.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the training epoch, and which data and split they are of.
 
         Lightning asks the loader too, but gives it nothing back when a schedule has asked for the number of steps.
         """
-        return {"batches": 0} if self.train_loader is None else self.train_loader.state_dict()
+        place = {"batches": 0} if self.train_loader is None else self.train_loader.state_dict()
+        return {"place": place, "data": self.store.hash, "split": dict(self.store.info["split"])}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the place in the epoch.
+
+        Raises:
+            SistaError: the checkpoint is of other data, so that its place means nothing here.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return  # a test may be on other data
+        if state["data"] != self.store.hash:
+            raise SistaError(
+                f"resume: the checkpoint was trained on other data (hash {state['data'][:12]}, {self.store_path} has "
+                f"{self.store.hash[:12]}); a new fit may start from its weights, a resume needs the same store"
+            )
+        self.position = state["place"]
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader("val", False)

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from sista_pl.data.module import BaseDataModule, StoreDataset
+from sista_pl.data.reports import NORMALISE
 from sista_pl.data.similarity import Similarity, fit_similarity
 from sista_pl.errors import SistaError, did_you_mean
 
@@ -34,6 +35,8 @@ class PairDataModule(BaseDataModule):
         calibration: `center` (unrelated reports have similarity 0) or `none`.
         tokenizer_corpus: a CSV of more reports (columns `findings`, `impression`, or `report`) that a tokenizer
             trained from scratch should see as well.
+        text: `{normalize: unicode}` leaves every character as it is; `{normalize: mgca}` repeats the reference's ASCII
+            lower-casing, which drops what other languages write with.
         kwargs: see `BaseDataModule`.
     """
 
@@ -45,11 +48,19 @@ class PairDataModule(BaseDataModule):
         similarity: str | dict[str, Any] | None = "findings",
         calibration: str = "center",
         tokenizer_corpus: str | Path | None = None,
+        text: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(store, **kwargs)
         self.similarity_spec, self.calibration = similarity, calibration
         self.tokenizer_corpus = tokenizer_corpus
+        for key in text or {}:
+            if key != "normalize":
+                raise SistaError(f"data: text has no key {key!r}; {did_you_mean(key, ['normalize'])}")
+        name = (text or {}).get("normalize", "unicode")
+        if name not in NORMALISE:
+            raise SistaError(f"data: text.normalize is {name!r}; {did_you_mean(str(name), NORMALISE)}")
+        self.normalise = NORMALISE[name]
         self.reports: list[str] = []
         self.report_ids = np.zeros(0, np.int64)
         self.similarity: Similarity | None = None
@@ -68,6 +79,7 @@ class PairDataModule(BaseDataModule):
     def split(self) -> dict[str, np.ndarray]:
         manifest = self.store.manifest
         texts = (manifest["impression"].fillna("") + " " + manifest["findings"].fillna("")).str.strip()
+        texts = texts.map({text: self.normalise(text) for text in texts.unique()})
         ids, distinct = pd.factorize(texts)
         self.report_ids, self.reports = ids.astype(np.int64), [str(text) for text in distinct]
         present = (texts != "").to_numpy()
@@ -77,7 +89,7 @@ class PairDataModule(BaseDataModule):
         """Return the texts that a tokenizer may be trained on: training reports, and `tokenizer_corpus`."""
         texts = [self.reports[i] for i in np.unique(self.report_ids[self.rows["train"]])]
         if self.tokenizer_corpus is not None:
-            texts += _read_corpus(Path(self.tokenizer_corpus))
+            texts += filter(None, map(self.normalise, _read_corpus(Path(self.tokenizer_corpus))))
         return texts
 
     def _loader(self, split: str, train: bool):

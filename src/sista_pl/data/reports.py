@@ -24,6 +24,7 @@ _HEADER = re.compile(
 )
 _TITLE = re.compile(r"^[ \t]*(?:FINAL|WET|PRELIMINARY) (?:REPORT|READ)\b.*$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n[ \t]*\n")
+_WORD = re.compile(r"\w+")
 _DEIDENTIFIED = re.compile(r"_{2,}")
 
 
@@ -61,6 +62,21 @@ def clean(text: str) -> str:
     """
     text = " ".join(_DEIDENTIFIED.sub(" ", text).split())
     return text if any(c.isalnum() for c in text) else ""
+
+
+def normalise_mgca(text: str) -> str:
+    """Return the words as MGCA's reference code keeps them: ASCII, lower case, sentences of two words or more.
+
+    Sentences end at a full stop, which takes the digits before it along ("1." of a list, and the 3 of 3.5); "" where
+    fewer than three words are left. For comparison with published figures, not for hospitals that write otherwise.
+    """
+    sentences = [_WORD.findall(part.lower()) for part in re.split(r"[0-9]*\.", text.replace("\ufffd", " "))]
+    words = [word for sentence in sentences if len(sentence) > 1 for word in sentence]
+    words = [word for raw in words if (word := raw.encode("ascii", "ignore").decode())]
+    return " ".join(words) if len(words) >= 3 else ""
+
+
+NORMALISE = {"unicode": clean, "mgca": normalise_mgca}
 
 
 def split_sections(text: str) -> dict[str, str]:

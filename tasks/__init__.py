@@ -1,1 +1,1 @@
-"""Downstream tasks, installed as `sista_tasks`; each is a plug-in of the `sista.tasks` entry points."""
+"""The downstream tasks, registered by entry points like anybody's."""

@@ -94,7 +94,7 @@ def test_test_without_a_path_takes_the_best_and_says_so(finished, capsys):
     folder, overrides = finished
     assert main(["test", "--config", "pretrain.yaml", *overrides]) == 0
     assert "checkpoint: runs/pretrain/0001/checkpoints/best.ckpt" in capsys.readouterr().out
-    metrics = json.loads((folder / "runs" / "pretrain" / "0001" / "test_metrics.json").read_text())
+    metrics = json.loads((folder / "runs" / "pretrain" / "0001" / "test/metrics.json").read_text())
     assert "test/i2t_R@10" in metrics["test"]
     assert main(["validate", "--config", "pretrain.yaml", *overrides]) == 0
     # what the run told to type next: its own configuration, whatever it was put together from

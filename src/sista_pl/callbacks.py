@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -147,25 +146,29 @@ class Results(Callback):
             self._publish(trainer)
 
     def on_test_end(self, trainer: Trainer, task: LightningModule) -> None:
-        if trainer.is_global_zero:
-            figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-            path = self._write(trainer, task, {"test": figures, "intervals": task.report("test")}, "test_metrics.json")
-            Console().print(f"metrics: {path}", soft_wrap=True)
+        if not trainer.is_global_zero:
+            return
+        folder = self.folder.path / "test"
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        intervals = task.report("test")
+        path = self._write(trainer, task, {"test": figures, "intervals": intervals}, "test/metrics.json")
+        phantom = getattr(getattr(trainer.datamodule, "store", None), "phantom", False)
+        for file in task.write_test(folder, PHANTOM if phantom else ""):
+            tracking.publish(trainer, file, file.parent.relative_to(self.folder.path).as_posix())
+        _show(intervals)
+        Console().print(f"metrics: {path}", soft_wrap=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Write what `predict_step` returned, a mapping of (B, …) tensors with `index`, one row a sample."""
-        batches = trainer.predict_loop.predictions
-        columns = {key: torch.cat([batch[key] for batch in batches]).cpu() for key in batches[0]}
-        rows = columns.pop("index").numpy()
-        table = pd.DataFrame({"image_id": trainer.datamodule.store.manifest["image_id"].to_numpy()[rows]})
-        for key, values in columns.items():
-            table[key] = list(values.float().numpy())
-        path = self.folder.path / f"predictions-{rank()}.parquet" if world_size() > 1 else None
-        path = path or self.folder.path / "predictions.parquet"
-        partial = path.with_suffix(".partial")
-        table.drop_duplicates("image_id").to_parquet(partial)
-        partial.replace(path)
-        Console().print(f"predictions: {path}", soft_wrap=True)
+        part = f"-{rank()}" if world_size() > 1 else ""
+        for name, table in task.prediction_tables(trainer.predict_loop.predictions).items():
+            plain = not any(isinstance(value, (np.ndarray, list, dict)) for value in table.head(1).to_numpy().ravel())
+            for suffix in (".parquet", ".csv") if plain else (".parquet",):
+                path = self.folder.path / f"{name}{part}{suffix}"
+                partial = path.with_suffix(".partial")
+                table.to_csv(partial, index=False) if suffix == ".csv" else table.to_parquet(partial, index=False)
+                partial.replace(path)
+            Console().print(f"{name}: {path.with_suffix('.parquet')}, {len(table)} rows", soft_wrap=True)
 
     def _write(self, trainer: Trainer, task: LightningModule, figures: dict, name: str = "metrics.json") -> Path:
         path = self.folder.path / name
@@ -196,6 +199,15 @@ class Results(Callback):
         out.print(f"metrics: {self.folder.path}/metrics.json", soft_wrap=True)
         out.print(f"next:    sista test --config {self.folder.path}/config.yaml    # or: mlflow ui --backend-store-uri "
                   "sqlite:///mlflow.db", soft_wrap=True, highlight=False)  # fmt: skip
+
+
+def _show(intervals: dict[str, Any]) -> None:
+    """Print figures with their intervals, a line each."""
+    width = max(map(len, intervals), default=0)
+    for name, figure in intervals.items():
+        low_high = figure["interval95"]
+        told = f"[{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "no interval: fewer than two patients"
+        Console().print(f"{name:<{width}}  {figure['value']:.3f}  {told}", soft_wrap=True, markup=False)
 
 
 def _data_facts(trainer: Trainer) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sista_pl.allocator import keep_memory
 from sista_pl.callbacks import ExactResume, Results, RunFolder
 from sista_pl.data.module import BaseDataModule
 from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its short name
+from sista_pl.data.transfer import TransferDataModule  # noqa: F401
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.task import BaseTask
 from sista_pl.tracking import check_destination
@@ -44,6 +45,7 @@ NOISE = (
     ".*isinstance.treespec",
     ".*callbacks used to create the checkpoint",
     "The number of training batches",
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # a frozen encoder
 )
 
 
@@ -194,6 +196,8 @@ class SistaCLI(LightningCLI):
                 ModelCheckpoint(filename="last", every_n_epochs=1, **common),
             ]
         callbacks += self.model.callbacks()
+        if self.resumed is not None:  # the run has its parameters, and MLflow refuses other values of them
+            self.model._log_hyperparams = False
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 

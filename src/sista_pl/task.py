@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from pytorch_lightning import Callback, LightningModule
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ class BaseTask(LightningModule):
 
     # the metric that "best" means, and its direction
     monitor = "val/loss"
+    target = "pair"  # what its losses look at
     mode = "min"
 
     def __init__(
@@ -80,6 +83,11 @@ class BaseTask(LightningModule):
     def configure_losses(self) -> None:
         """Build the loss components by name."""
         self.losses.update({name: LOSSES.build(spec) for name, spec in self.loss_specs.items()})
+        for name, loss in self.losses.items():
+            takes = getattr(loss, "takes", "pair")
+            if takes != self.target:
+                kind = self.loss_specs[name]["name"]
+                raise SistaError(f"loss {name!r}: {kind!r} is for {takes}, this task has {self.target}; choose another")
 
     def configure_metrics(self) -> None:
         """Fill `self.metrics` with a metric for each stage, `val` and `test`, each an attribute too."""
@@ -95,6 +103,19 @@ class BaseTask(LightningModule):
     def report(self, stage: str) -> dict[str, Any]:
         """Return the stage's figures as plain numbers and intervals for metrics.json, beyond what is logged."""
         return {}
+
+    def write_test(self, folder: Path, notice: str) -> list[Path]:
+        """Write what a test leaves beside its figures, return the files; `notice` belongs on pictures."""
+        return []
+
+    def prediction_tables(self, batches: Sequence[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+        """Return the tables that `sista predict` writes, by name: `predict_step`'s (B, …) tensors, a row a sample."""
+        columns = {key: torch.cat([batch[key] for batch in batches]).cpu() for key in batches[0]}
+        rows = columns.pop("index").numpy()
+        table = pd.DataFrame({"image_id": self.trainer.datamodule.store.manifest["image_id"].to_numpy()[rows]})
+        for key, values in columns.items():
+            table[key] = list(values.float().numpy())
+        return {"predictions": table.drop_duplicates("image_id")}
 
     def configure_optimizers(self):
         return optim.adamw(self, self.lr, self.weight_decay, self.warmup, self.trainer.estimated_stepping_batches)
@@ -129,11 +150,19 @@ class BaseTask(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         if stage in self.metrics:
-            figures = self.metrics[stage].compute()
+            figures = self.figures(stage)
             # equal on all ranks already; unsaid, Lightning warns of each
-            self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
+            best = self.monitor.split("/", 1)[-1]
+            rest = {f"{stage}/{name}": value for name, value in figures.items() if name != best}
+            self.log_dict(rest, sync_dist=True)
+            if best in figures:
+                self.log(f"{stage}/{best}", figures[best], prog_bar=True, sync_dist=True)
             self.log_progress(stage, figures)
             self.metrics[stage].reset()
+
+    def figures(self, stage: str) -> Mapping[str, Any]:
+        """Return the stage's figures by name, equal on all ranks."""
+        return self.metrics[stage].compute()
 
     def log_progress(self, stage: str, figures: Mapping[str, Tensor]) -> None:
         """Hook: what of the stage's figures belongs on the progress bar or into `report`."""

@@ -1,20 +1,24 @@
-"""Encoders out of checkpoints: three lines of Python, no CLI, no hub."""
+"""Encoders out of checkpoints, and foreign weights into encoders: no CLI, no hub."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 from sista_pl.data.transforms import MEAN, STD
-from sista_pl.errors import SistaError
+from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS, ImageEncoder, TextEncoder
 from sista_pl.models.image import TimmEncoder
 from sista_pl.models.text import from_state
@@ -93,6 +97,207 @@ def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, path: str | 
     except RuntimeError as why:
         first = str(why).strip().splitlines()[-1].strip()[:200]
         raise SistaError(f"checkpoint {path}: its {prefix}* does not fit the encoder it names ({first})") from why
+
+
+# Where other projects keep the image encoder, as their key names say; tried on made-up keys only, no such file was at
+# hand. Prefixes in the order in which they are looked for.
+PRESETS = {
+    "mgca": ("img_encoder_q.model.",),
+    "gloria": ("gloria.img_encoder.model.", "img_encoder.model."),
+}
+_PREFIXES = ("image_encoder.model.", "image_encoder.", "backbone.", "visual.trunk.", "encoder.", "model.", "")
+
+
+@dataclass
+class Coverage:
+    """How weights fit an encoder.
+
+    Args:
+        source: the file.
+        matched, missing, unexpected, mismatched: names of tensors.
+        share: of the encoder's numbers that are matched.
+    """
+
+    source: str
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    share: float
+
+    def __str__(self) -> str:
+        every = len(self.matched) + len(self.missing) + len(self.mismatched)
+        return (
+            f"weights: {self.source}: matched {len(self.matched)} of {every} tensors ({self.share:.1%} of it), "
+            f"missing {len(self.missing)}, unexpected {len(self.unexpected)}, mismatched {len(self.mismatched)}"
+        )
+
+
+def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any], minimum: float = 0.95) -> Coverage:
+    """Load pre-trained weights into an image encoder; nothing is loaded where they cover too little of it.
+
+    Args:
+        encoder: which they are for.
+        weights: a checkpoint of `sista fit`, a folder that it exported, a file of timm's or torchvision's keys
+            (`.safetensors`, `.pth`, `.bin`), or `{path: FILE, prefix: backbone., preset: mgca | gloria, minimum: 0.95}`
+            for a checkpoint of another project.
+        minimum: share of the encoder's numbers that must be found.
+
+    Raises:
+        SistaError: no such file, one that can't be read, or less than `minimum` of the encoder in it.
+    """
+    spec: dict[str, Any] = dict(weights) if isinstance(weights, Mapping) else {"path": weights}
+    for key in spec:
+        if key not in ("path", "prefix", "preset", "minimum"):
+            raise SistaError(f"weights: no key {key!r}; {did_you_mean(key, ['path', 'prefix', 'preset', 'minimum'])}")
+    if "path" not in spec:
+        raise SistaError("weights: no path; write {path: FILE, prefix: backbone.}")
+    minimum = float(spec.get("minimum", minimum))
+    path = Path(spec["path"])
+    state = _tensors(path)
+    wanted = {k: v for k, v in encoder.state_dict().items() if isinstance(v, Tensor)}
+    inner = _inner(encoder, wanted)
+    candidates = _prefixes(spec)
+    part = max(
+        (_under(state, prefix) for prefix in candidates),
+        key=lambda found: len(found.keys() & inner.keys()),
+    )
+    loaded: dict[str, Tensor] = {}
+    mismatched = []
+    for name, target in inner.items():
+        if name in part:
+            fitted = _fitted(name, part[name], wanted[target], encoder)
+            if fitted is None:
+                mismatched.append(name)
+            else:
+                loaded[target] = fitted
+    missing = sorted(name for name in inner if name not in part)
+    # counters of batches are no weights: torchvision's files of old have none
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    numbers = sum(wanted[target].numel() for target in inner.values())
+    share = sum(value.numel() for value in loaded.values()) / max(1, numbers)
+    coverage = Coverage(
+        str(path),
+        sorted(loaded),
+        missing,
+        sorted(part.keys() - inner.keys()),
+        sorted(mismatched),
+        share,
+    )
+    if share < minimum:
+        holds = _architecture(path)
+        told = f"it holds {holds}; --model.image_encoder {holds}" if holds else "is it of this model? see `prefix`"
+        first = ", ".join((mismatched + missing)[:3])
+        raise SistaError(f"{coverage}: less than {minimum:.0%} is covered (first: {first}); {told}")
+    bad = [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise SistaError(f"weights: {path}: {bad[0]} has values that are not finite; take another checkpoint")
+    encoder.load_state_dict(wanted | loaded)
+    return coverage
+
+
+def encoder_spec(weights: str | Path | Mapping[str, Any]) -> Any:
+    """Return the image encoder's spec that a SISTA checkpoint or an exported folder holds, or None."""
+    path = Path(weights["path"] if isinstance(weights, Mapping) else weights)
+    if path.is_dir():
+        return _architecture(path)
+    if path.suffix != ".ckpt":
+        return None
+    try:
+        return read_checkpoint(path)["hyper_parameters"].get("image_encoder")
+    except SistaError:
+        return None
+
+
+def encoder_hash(encoder: ImageEncoder) -> str:
+    """SHA-256 over an encoder's class, names, shapes and values."""
+    digest = hashlib.sha256(f"{type(encoder).__module__}.{type(encoder).__qualname__}".encode())
+    digest.update(str(getattr(encoder, "name", "")).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file or an exported folder, wrappers taken off."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise SistaError(f"weights: {file}: no such file; give a checkpoint of `sista fit`, or a file of weights")
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except Exception as why:  # the library has an exception of its own
+            raise SistaError(f"weights: {file} can't be read ({type(why).__name__}); copy it again") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as why:
+        raise SistaError(
+            f"weights: {file} holds more than tensors ({' '.join(str(why).split())[:80]}…); keep the tensors alone, "
+            "where you trust it: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
+        ) from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError) as why:
+        raise SistaError(f"weights: {file} can't be read ({type(why).__name__}); copy it again") from None
+    for key in ("state_dict", "model", "teacher", "params"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise SistaError(f"weights: {file} holds no named tensors; give a state dict")
+    return {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
+
+
+def _prefixes(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    if "preset" in spec:
+        if spec["preset"] not in PRESETS:
+            raise SistaError(f"weights: preset {spec['preset']!r}; {did_you_mean(str(spec['preset']), PRESETS)}")
+        return PRESETS[spec["preset"]]
+    return (str(spec["prefix"]),) if "prefix" in spec else _PREFIXES
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _inner(encoder: ImageEncoder, wanted: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return {name as the library's own files have it: name in the encoder}; ours wrap the model as `model`."""
+    if wanted and all(name.startswith("model.") for name in wanted):
+        return {name.removeprefix("model."): name for name in wanted}
+    return {name: name for name in wanted}
+
+
+def _fitted(name: str, value: Tensor, target: Tensor, encoder: ImageEncoder) -> Tensor | None:
+    """Return a tensor in the shape of the encoder's, or None where it is of another model."""
+    if value.shape == target.shape:
+        return value.to(target.dtype)
+    if value.ndim == 4 and value.shape[0] == target.shape[0] and value.shape[2:] == target.shape[2:]:
+        if (value.shape[1], target.shape[1]) == (3, 1):
+            return value.sum(1, keepdim=True).to(target.dtype)  # grey, repeated, gives the same sum
+        if (value.shape[1], target.shape[1]) == (1, 3):
+            return (value / 3).expand(-1, 3, -1, -1).to(target.dtype).contiguous()
+    if name.endswith("pos_embed") and value.ndim == 3 == target.ndim and value.shape[2] == target.shape[2]:
+        prefix = getattr(getattr(encoder, "model", encoder), "num_prefix_tokens", 1)
+        grid = round((target.shape[1] - prefix) ** 0.5)
+        if prefix + grid * grid == target.shape[1]:
+            return resample_abs_pos_embed(value, [grid, grid], num_prefix_tokens=prefix).to(target.dtype)
+    return None
+
+
+def _architecture(path: Path) -> str | None:
+    """Return what a checkpoint or an exported folder says that it holds."""
+    if path.is_dir():
+        try:
+            return json.loads((path / "config.json").read_text()).get("architecture")
+        except (OSError, ValueError):
+            return None
+    if path.suffix != ".ckpt":
+        return None
+    try:
+        spec = read_checkpoint(path)["hyper_parameters"].get("image_encoder")
+    except SistaError:
+        return None
+    return spec if isinstance(spec, str) else None if spec is None else str(spec.get("name"))
 
 
 def export_timm(encoder: ImageEncoder, folder: Path, image_size: int) -> Path | None:

@@ -51,6 +51,24 @@ def fit_box(box: Mapping[str, Any], width: int, height: int, size: int) -> dict[
     return {**box, **{key: round(float(value), 2) for key, value in place.items()}}
 
 
+def unfit_boxes(boxes: np.ndarray, width: int, height: int, size: int, crop: int) -> np.ndarray:
+    """Return boxes (M, 4) x0 y0 x1 y1 of the centre crop in pixels of the (width, height) image, cut at its edges."""
+    scale, dx, dy = fit(width, height, size)
+    off = (size - crop) // 2
+    moved = (np.asarray(boxes, np.float64).reshape(-1, 4) + off - [dx, dy, dx, dy]) / scale
+    return np.clip(moved, 0, [width, height, width, height])
+
+
+def unfit_mask(mask: np.ndarray, width: int, height: int, size: int) -> np.ndarray:
+    """Return a mask (crop, crop) bool of the centre crop as (height, width) bool; outside of the crop it is False."""
+    square, off = np.zeros((size, size), np.uint8), (size - len(mask)) // 2
+    square[off : off + len(mask), off : off + len(mask)] = mask
+    _, dx, dy = fit(width, height, size)
+    new_width, new_height = _scaled(width, height, size)
+    content = Image.fromarray(square[dy : dy + new_height, dx : dx + new_width])
+    return np.asarray(content.resize((width, height), _NEAREST)) > 0
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return width and height of the upright image from the file's header.
 

@@ -47,3 +47,11 @@ class Rle:
                 end = first + length
                 flat[first:end] = 255
         return flat.reshape(self.width, self.height).T
+
+
+def encode_rle(mask: np.ndarray) -> str:
+    """(H, W) bool → "start length start length …", column by column, pixels counted from 1 (Kaggle's form)."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    starts, ends = edges[::2], edges[1::2]
+    return " ".join(f"{start + 1} {end - start}" for start, end in zip(starts, ends, strict=True))

@@ -34,17 +34,18 @@ class StoreDataset(Dataset):
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return the batch of these (row, seed of the augmentation): image (B, 1, H, W) in [-1, 1], index (B,), …"""
         rows = np.array([row for row, _ in places])
+        pixels = self.pixels(rows, [seed for _, seed in places])
+        return {**pixels, "index": torch.from_numpy(rows), **self.samples(rows)}
+
+    def pixels(self, rows: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return the images of these rows, augmented, and what has to be moved along with them."""
         images = torch.from_numpy(self.store.images(rows))[:, None]
         if self.random:
-            images = torch.stack(
-                [
-                    transforms.seeded(self.transform, image, seed)
-                    for image, (_, seed) in zip(images, places, strict=True)
-                ]
-            )
+            pairs = zip(images, seeds, strict=True)
+            images = torch.stack([transforms.seeded(self.transform, image, seed) for image, seed in pairs])
         else:
             images = self.transform(images)
-        return {"image": transforms.normalise(images), "index": torch.from_numpy(rows), **self.samples(rows)}
+        return {"image": transforms.normalise(images)}
 
     def samples(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Return further (B, …) tensors of these rows."""
@@ -76,6 +77,7 @@ class BaseDataModule(LightningDataModule):
     """
 
     dataset_class: type[StoreDataset] = StoreDataset
+    least_batch = 1
 
     def __init__(
         self,
@@ -104,8 +106,9 @@ class BaseDataModule(LightningDataModule):
         self.rows: dict[str, np.ndarray] = {}
         self.train_loader: ResumableLoader | None = None
         self.position: dict[str, int] | None = None  # of a restored checkpoint, in its epoch
-        if batch_size < 2:
-            raise SistaError(f"data: batch_size is {batch_size}; a contrast needs at least 2 pairs")
+        if batch_size < self.least_batch:
+            why = "a contrast needs at least 2 pairs" if self.least_batch == 2 else "give at least 1"
+            raise SistaError(f"data: batch_size is {batch_size}; {why}")
 
     def prepare_data(self) -> None:
         """Draw the phantom and prepare the store, where they are not there yet; on one process of a node."""
@@ -153,9 +156,9 @@ class BaseDataModule(LightningDataModule):
 
     def _loader(self, split: str, train: bool) -> ResumableLoader:
         transform = transforms.build(self.size, self.crop, train, self.rotate, self.contrast)
-        sampler = EpochSampler(
-            self.rows[split], self.batch_size, train, self.seed, distributed.rank(), distributed.world_size()
-        )
+        rows, world = self.rows[split], distributed.world_size()
+        size = self.batch_size if self.least_batch > 1 else max(1, min(self.batch_size, len(rows) // world))
+        sampler = EpochSampler(rows, size, train, self.seed, distributed.rank(), world)
         return ResumableLoader(
             self.dataset_class(self.store, transform, train), sampler, collate_fn=as_it_is,
             num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),

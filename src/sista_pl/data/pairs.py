@@ -41,6 +41,7 @@ class PairDataModule(BaseDataModule):
     """
 
     dataset_class = PairDataset
+    least_batch = 2  # a contrast is one with another
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.models.hub import offline_where_unreachable
+from sista_pl.models.pyramid import stride_of
 from sista_pl.pair import Features
 from sista_pl.registry import Registry
 
@@ -24,14 +25,28 @@ class ImageEncoder(nn.Module):
     Attributes:
         dim: D of `pooled`.
         local_dim: D of `local`.
+        channels: of each map of `pyramid`.
+        strides: of the same, rising; the first is 1, the input itself.
+        has_tokens: whether `tokens` works, as it does for vision transformers.
     """
 
     dim: int
     local_dim: int
+    channels: list[int]
+    strides: list[int]
+    has_tokens = False
 
     def forward(self, image: Tensor) -> Features:
         """Encode (B, 1, H, W) images, normalised to [-1, 1], into `pooled` (B, dim) and `local` (B, P, local_dim)."""
         raise NotImplementedError("an ImageEncoder defines forward(image) -> Features")
+
+    def pyramid(self, image: Tensor) -> list[Tensor]:
+        """(B, 1, H, W) → the input and the maps (B, channels, H / stride, W / stride), strides rising."""
+        raise NotImplementedError("for dense tasks an ImageEncoder defines pyramid(image)")
+
+    def tokens(self, image: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(B, 1, H, W) → of four evenly spaced blocks the map (B, D, h, w) and the prefix tokens (B, n, D)."""
+        raise NotImplementedError("only a vision transformer has tokens(image)")
 
 
 class TimmEncoder(ImageEncoder):
@@ -80,16 +95,33 @@ class TimmEncoder(ImageEncoder):
         if not hasattr(self.model, "num_prefix_tokens"):
             # convolutions run 1.3 to 1.5 times as fast, on CPUs and on accelerators
             self.model.to(memory_format=torch.channels_last)
+        self.has_tokens = hasattr(self.model, "num_prefix_tokens")
         with torch.no_grad():
-            training = self.model.training
-            features = self.eval()(torch.zeros(1, 1, image_size, image_size))
+            training, probe = self.model.training, torch.zeros(1, 1, image_size, image_size)
+            features, maps = self.eval()(probe), self.pyramid(probe)
             self.train(training)
         self.dim, self.local_dim = features.pooled.shape[1], features.local.shape[2]
+        self.channels = [found.shape[1] for found in maps]
+        self.strides = [round(image_size / m.shape[-1]) if self.has_tokens else stride_of(probe, m) for m in maps]
+
+    def _input(self, image: Tensor) -> Tensor:
+        return image.expand(-1, 3, -1, -1) if self.in_chans == 3 else image
+
+    def pyramid(self, image: Tensor) -> list[Tensor]:
+        if self.has_tokens:
+            return [image, *(found for found, _ in self.tokens(image))]
+        return [image, *self.model.forward_intermediates(self._input(image), intermediates_only=True)]
+
+    def tokens(self, image: Tensor) -> list[tuple[Tensor, Tensor]]:
+        depth = len(self.model.blocks)  # type: ignore[arg-type]
+        blocks = [(i + 1) * depth // 4 - 1 for i in range(4)] if depth >= 4 else list(range(depth))
+        return self.model.forward_intermediates(
+            self._input(image), indices=blocks, return_prefix_tokens=True, norm=True, intermediates_only=True
+        )
 
     def forward(self, image: Tensor) -> Features:
-        if self.in_chans == 3:
-            image = image.expand(-1, 3, -1, -1)
-        if hasattr(self.model, "num_prefix_tokens"):
+        image = self._input(image)
+        if self.has_tokens:
             tokens = self.model.forward_features(image)  # B (prefix + P) D
             pooled = self.model.forward_head(tokens, pre_logits=True)
             return Features(pooled, tokens[:, self.model.num_prefix_tokens :])

@@ -1,11 +1,10 @@
-"""Retrieval between images and reports, with chance and intervals.
+"""Retrieval between images and reports, and chance.
 
 N pairs, D joint dimension, k ranks.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -122,28 +121,3 @@ def chance(scores: Tensor, report: Tensor, k: int, permutations: int, seed: int)
         shuffled = report[torch.randperm(len(report), generator=generator).to(report.device)]
         recalls.append((top == shuffled[:, None]).any(1).float().mean())
     return torch.stack(recalls)
-
-
-def bootstrap_interval(
-    values: np.ndarray, clusters: np.ndarray, draws: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of a mean, resampling whole clusters (patients).
-
-    Args:
-        values: (N,) one value a sample.
-        clusters: (N,) the patient of each sample.
-        draws: bootstrap resamples.
-        seed: of the resampling.
-        level: coverage.
-
-    Returns:
-        lower and upper end.
-    """
-    _, inverse = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(inverse, weights=values)
-    counts = np.bincount(inverse)
-    picks = np.random.default_rng(seed).integers(len(counts), size=(draws, len(counts)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)

@@ -1,0 +1,82 @@
+"""The linear probe: L2 logistic regression on frozen features, its strength chosen on validation.
+
+N images, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C, the inverse of the penalty
+
+
+def fit_probe(
+    features: np.ndarray, labels: np.ndarray, exclusive: bool, worth: Callable[[np.ndarray, np.ndarray], float]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit logistic regression by L-BFGS for each strength, keep the best.
+
+    Features are standardised by the training images; the scale is folded into the returned weights.
+
+    Args:
+        features: (N, D) of the training images.
+        labels: (N, K) 1, 0 or NaN; one-hot where `exclusive`.
+        exclusive: one class an image (multinomial) instead of K questions.
+        worth: (weight (K, D), bias (K,)) → validation figure, higher is better.
+
+    Returns:
+        weight (K, D), bias (K,) and the strength.
+    """
+    mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    scale[scale < 1e-8] = 1.0
+    standard = (features - mean) / scale
+    fit = _fit_exclusive if exclusive else _fit_each
+    best = None
+    for strength in STRENGTHS:
+        weight, bias = fit(standard, labels, strength)
+        folded = (weight / scale, bias - (weight / scale) @ mean)
+        value = worth(*folded)
+        if best is None or value > best[0]:
+            best = (value, *folded, strength)
+    assert best is not None
+    return best[1], best[2], best[3]
+
+
+def _regression(features: np.ndarray, target: np.ndarray, strength: float):
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        # far from convergence only for the weakest penalties, which validation then does not choose
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=strength, max_iter=500).fit(features, target)
+
+
+def _fit_each(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.zeros(labels.shape[1])
+    for k, target in enumerate(labels.T):
+        known = ~np.isnan(target)
+        if len(np.unique(target[known])) == 2:
+            model = _regression(features[known], target[known], strength)
+            weight[k], bias[k] = model.coef_[0], model.intercept_[0]
+        elif known.any():
+            bias[k] = 4.0 if target[known][0] == 1 else -4.0  # all alike: nothing to learn but that
+    return weight, bias
+
+
+def _fit_exclusive(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    known = ~np.isnan(labels).any(1)
+    target = labels[known].argmax(1)
+    classes = np.unique(target)
+    weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.full(labels.shape[1], -8.0)
+    if len(classes) == 1:
+        bias[classes] = 0.0
+        return weight, bias
+    model = _regression(features[known], target, strength)
+    if len(classes) == 2:  # scikit-learn gives one row then, the second against the first
+        weight[classes[1]], bias[classes] = model.coef_[0], (0.0, model.intercept_[0])
+    else:
+        weight[classes], bias[classes] = model.coef_, model.intercept_
+    return weight, bias

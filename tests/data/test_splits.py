@@ -125,3 +125,11 @@ def test_an_unknown_split_is_answered_with_the_nearest():
             split_table("test/evn", table)
     finally:
         del NAMED_SPLITS._builders["test/even"]
+
+
+@pytest.mark.parametrize("count", [7, 100, 1234])
+def test_counts_are_shares_where_there_are_more_or_fewer_ids(count):
+    dealt = shuffled_counts([f"p{i}" for i in range(count)], {"train": 70, "val": 15, "test": 15}, 0)
+    assert len(dealt) == count
+    for name, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+        assert abs(list(dealt.values()).count(name) - share * count) <= 1

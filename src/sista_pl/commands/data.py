@@ -14,7 +14,7 @@ _EPILOG = """\
 From nothing to a store, without any data of your own:
   sista data phantom --out raw/phantom --studies 500
   sista data prepare mimic_cxr --root raw/phantom --out stores/phantom
-  sista data show stores/phantom
+  sista data doctor stores/phantom
 
 MIMIC-CXR-JPG, with mimic-cxr-reports.zip in or beside it:
   sista data prepare mimic_cxr --root physionet.org/files/mimic-cxr-jpg/2.1.0 --out stores/mimic --workers 8
@@ -40,7 +40,7 @@ Example:
 
 
 def main(argv: list[str]) -> int:
-    """Run `sista data …`; `sista data similarity …` has a parser of its own.
+    """Run `sista data …`; `similarity` and `doctor` have parsers of their own.
 
     Raises:
         SistaError: a mistake of the user.
@@ -49,6 +49,10 @@ def main(argv: list[str]) -> int:
         from sista_pl.commands.similarity import main as similarity
 
         return similarity(argv[1:])
+    if argv[:1] == ["doctor"]:
+        from sista_pl.commands.doctor import main as doctor
+
+        return doctor(argv[1:])
     arguments = vars(_parser().parse_args(argv))
     arguments.pop("run")(**arguments)
     return 0
@@ -94,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare)
 
     verbs.add_parser("similarity", help="how alike the reports of a store are (see its own --help)", add_help=False)
+
+    verbs.add_parser("doctor", help="leaks, duplicates, masks, labels: what is wrong with a store", add_help=False)
 
     show = verbs.add_parser("show", help="counts, splits, texts and labels of a store")
     show.add_argument("store", type=Path, metavar="STORE", help="folder of the store")

@@ -80,7 +80,7 @@ def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> 
 
     Args:
         ids: the units (patients); their order does not matter.
-        sizes: how many go to each split, in turn; where there are fewer ids than their sum, in the same shares.
+        sizes: how many go to each split, in turn; where there are not as many ids as their sum, in the same shares.
         seed: another seed, another order.
 
     Returns:
@@ -90,7 +90,7 @@ def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> 
     dealt: dict[str, str] = {}
     total, start = sum(sizes.values()), 0.0
     for name, size in sizes.items():
-        end = start + size * min(1.0, len(order) / total)
+        end = start + size * len(order) / total
         dealt |= dict.fromkeys(order[round(start) : round(end)], name)
         start = end
     return dealt

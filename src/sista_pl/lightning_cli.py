@@ -167,9 +167,18 @@ class SistaCLI(LightningCLI):
         if config.ckpt_path is not None:
             from sista_pl.weights import read_checkpoint
 
-            read_checkpoint(config.ckpt_path)
+            self._check_task(read_checkpoint(config.ckpt_path), config)
             self.resumed = runs.run_of(Path(config.ckpt_path))
         self._check_tracking(config)
+
+    def _check_task(self, checkpoint: dict[str, Any], config: Any) -> None:
+        """Refuse the checkpoint of another task."""
+        held, wanted = checkpoint.get("task"), str(config.model.class_path).rsplit(".", 1)[-1]
+        if held is not None and held != wanted:
+            raise SistaError(
+                f"--ckpt_path {config.ckpt_path}: a checkpoint of {held}, the configuration is of {wanted}; to start "
+                "from its encoder give --model.weights instead"
+            )
 
     def _check_tracking(self, config: Any) -> None:
         """Refuse a tracker elsewhere, and let a resumed or tested run go on in its own MLflow run."""
@@ -224,13 +233,24 @@ def run_trainer(argv: Sequence[str]) -> int:
     except yaml.YAMLError as why:
         raise SistaError(f"configuration: not YAML: {' '.join(str(why).split())[:200]}; check that place") from why
     except Exception as why:
-        mistake = mistake_in(why)
+        mistake = mistake_in(why) or _other_shape(why)
         if mistake is None or mistake is why:
             raise
         raise mistake from None
     finally:
         sys.argv = before
     return 0
+
+
+def _other_shape(why: Exception) -> SistaError | None:
+    """Return the mistake of a checkpoint that the configured model has other tensors than."""
+    if not str(why).startswith("Error(s) in loading state_dict"):
+        return None
+    first = str(why).splitlines()[1].strip()[:200]
+    return SistaError(
+        f"--ckpt_path: the checkpoint does not fit the configured model ({first}); give its own configuration, "
+        "--config runs/NAME/NUMBER/config.yaml"
+    )
 
 
 def _useful(record: logging.LogRecord) -> bool:

@@ -120,6 +120,9 @@ class BaseTask(LightningModule):
     def configure_optimizers(self):
         return optim.adamw(self, self.lr, self.weight_decay, self.warmup, self.trainer.estimated_stepping_batches)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task"] = type(self).__name__
+
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         return self._run("train", batch)
 

@@ -75,6 +75,11 @@ def split_hash(image_ids: Sequence[str], splits: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def ordered_by_hash(ids: Sequence[str], seed: int) -> list[str]:
+    """Return the distinct ids in an order that depends on them and the seed alone."""
+    return sorted(set(ids), key=lambda name: _digest(f"{seed}:{name}"))
+
+
 def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> dict[str, str]:
     """Deal distinct ids to splits of the given sizes, in an order that depends on the ids and the seed alone.
 
@@ -86,7 +91,7 @@ def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> 
     Returns:
         {id: split}
     """
-    order = sorted(set(ids), key=lambda name: _digest(f"{seed}:{name}"))
+    order = ordered_by_hash(ids, seed)
     dealt: dict[str, str] = {}
     total, start = sum(sizes.values()), 0.0
     for name, size in sizes.items():

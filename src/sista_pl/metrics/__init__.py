@@ -1,6 +1,21 @@
-"""What a prediction is worth, with intervals: retrieval here and, a file each, classification and the other tasks."""
+"""What a prediction is worth, with intervals: a file each for retrieval, classification, segmentation and detection."""
 
-from sista_pl.metrics.bootstrap import bootstrap_interval
+from sista_pl.metrics.bootstrap import bootstrap_interval, intervals
+from sista_pl.metrics.classification import Classification, best_thresholds
+from sista_pl.metrics.detection import Detection
 from sista_pl.metrics.retrieval import RANKS, Retrieval, best_ranks, chance
+from sista_pl.metrics.segmentation import Segmentation, overlap
 
-__all__ = ["RANKS", "Retrieval", "best_ranks", "bootstrap_interval", "chance"]
+__all__ = [
+    "RANKS",
+    "Classification",
+    "Detection",
+    "Retrieval",
+    "Segmentation",
+    "best_ranks",
+    "best_thresholds",
+    "bootstrap_interval",
+    "chance",
+    "intervals",
+    "overlap",
+]

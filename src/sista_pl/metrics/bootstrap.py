@@ -42,33 +42,37 @@ def intervals(
 ) -> dict[str, dict[str, Any]]:
     """Percentile intervals of figures that are functions of the samples' weights, resampling whole clusters.
 
-    A figure that a draw leaves undefined (no positive was drawn) is left out of that draw.
+    A sample's weight in a draw is how often its cluster was drawn. A figure that a draw leaves undefined (no positive
+    was drawn) has one draw less.
 
     Args:
-        figures: weights (N,) → {name: value}.
+        figures: weights (N,) → {name: value}, undefined ones left out; as `Classification.figures`.
         clusters: (N,) the patient of each sample.
         draws: bootstrap resamples.
         seed: of the resampling.
         level: coverage.
 
     Returns:
-        {name: {"value", "interval95" (None with fewer than two clusters), "n", and "draws" where fewer were defined}}
+        {name: {"value", "interval95", "n"}} of the figures that the samples themselves define. `interval95` is None
+        with fewer than two clusters or defined draws; n counts samples; "draws" is there where fewer were defined.
     """
-    names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
+    patients, inverse = np.unique(np.asarray(clusters), return_inverse=True)
     values = figures(np.ones(len(inverse)))
-    found: dict[str, list[float]] = {name: [] for name in values}
-    if len(names) > 1:
-        generator = np.random.default_rng(seed)
-        for _ in range(draws):
-            weights = np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))[inverse]
-            for name, value in figures(weights.astype(float)).items():
-                if name in found:
-                    found[name].append(value)
+    drawn: dict[str, list[float]] = {name: [] for name in values}
+    asked = draws if len(patients) > 1 else 0
+    generator = np.random.default_rng(seed)
+    for _ in range(asked):
+        picks = generator.integers(len(patients), size=len(patients))
+        weights = np.bincount(picks, minlength=len(patients))[inverse].astype(np.float64)
+        for name, value in figures(weights).items():
+            if name in drawn:
+                drawn[name].append(value)
     tail = (1 - level) / 2
     told: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        interval = tuple(map(float, np.quantile(found[name], [tail, 1 - tail]))) if len(found[name]) > 1 else None
+        found = drawn[name]
+        interval = tuple(map(float, np.quantile(found, [tail, 1 - tail]))) if len(found) > 1 else None
         told[name] = {"value": float(value), "interval95": interval, "n": len(inverse)}
-        if interval and len(found[name]) < draws:
-            told[name]["draws"] = len(found[name])
+        if len(found) < asked:
+            told[name]["draws"] = len(found)
     return told

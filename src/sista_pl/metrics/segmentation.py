@@ -1,29 +1,58 @@
 """Figures of segmentation, each a function of the images' weights.
 
-N images; counts are of pixels, ignored ones left out before.
+N images, K classes, H W pixels; counts are of pixels, ignored ones left out before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from sista_pl.errors import SistaError
+
+IGNORED, OBJECT = 127, 255
 
 
 class Segmentation:
     """The Dice coefficients of the literature, each under its own name, and IoU.
 
     Args:
-        intersection: (N,) pixels in both masks.
-        predicted: (N,) pixels of the prediction.
-        truth: (N,) pixels of the truth.
+        intersection: (N,) pixels in both masks; (N, K) of several classes.
+        predicted: likewise, pixels of the prediction.
+        truth: likewise, pixels of the truth.
+        names: of the K classes.
+
+    Raises:
+        SistaError: the counts' shapes or `names` disagree.
     """
 
-    def __init__(self, intersection: np.ndarray, predicted: np.ndarray, truth: np.ndarray):
-        self.counts = tuple(np.asarray(counts, np.float64) for counts in (intersection, predicted, truth))
-        both, total = self.counts[0], self.counts[1] + self.counts[2]
-        self.positive = self.counts[2] > 0
-        self.dice = np.divide(2 * both, total, out=np.ones_like(total), where=total > 0)
-        self.iou = np.divide(both, total - both, out=np.ones_like(total), where=total > 0)
-        self.absent = [] if self.positive.any() else ["no image has an object: no dice_positive"]
+    def __init__(
+        self,
+        intersection: np.ndarray,
+        predicted: np.ndarray,
+        truth: np.ndarray,
+        names: Sequence[str] | None = None,
+    ):
+        counts = [np.asarray(count, np.float64) for count in (intersection, predicted, truth)]
+        self.names = ["object"] if names is None else list(names)
+        counts = [count[:, None] if count.ndim == 1 else count for count in counts]
+        if any(count.shape != (len(counts[0]), len(self.names)) for count in counts):
+            shapes = ", ".join(str(count.shape) for count in counts)
+            raise SistaError(f"segmentation: counts of {shapes} for {len(self.names)} classes; give (N, K) and K names")
+        self.both, self.predicted, self.truth = counts
+        total = self.predicted + self.truth
+        self.positive = self.truth > 0
+        self.dice = np.divide(2 * self.both, total, out=np.ones_like(total), where=total > 0)
+        self.iou = np.divide(self.both, total - self.both, out=np.ones_like(total), where=total > 0)
+        self.absent = []
+        for name, positive, pixels in zip(self.names, self.positive.T, total.T, strict=True):
+            of = f" of {name}" if len(self.names) > 1 else ""
+            if not positive.any():
+                lost = "dice_positive" if pixels.any() else "dice_positive, no dice_dataset"
+                self.absent.append(f"no image has an object{of}: no {lost}")
+            elif positive.all():
+                self.absent.append(f"every image has an object{of}: no empty_specificity")
 
     def figures(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Return by name, what is not defined left out:
@@ -34,20 +63,45 @@ class Segmentation:
         * `iou`: mean over images, 1 where both are empty,
         * `empty_specificity`: share of the images without an object whose prediction is empty.
 
+        With several classes `<figure>/<class>` stands beside the figure, their mean.
+
         Args:
             weights: (N,) >= 0 of the images; all 1 where not given.
         """
-        both, predicted, truth = self.counts
-        w = np.ones(len(truth)) if weights is None else weights
+        w = np.ones(len(self.truth)) if weights is None else np.asarray(weights, np.float64)
+        each = [self._of_class(k, w) for k in range(len(self.names))]
         found: dict[str, float] = {}
-        if w.sum() > 0:
-            found["dice_image_empty1"] = float((w * self.dice).sum() / w.sum())
-            found["iou"] = float((w * self.iou).sum() / w.sum())
-        if (w * self.positive).sum() > 0:
-            found["dice_positive"] = float((w * self.dice * self.positive).sum() / (w * self.positive).sum())
-        if (w * (predicted + truth)).sum() > 0:
-            found["dice_dataset"] = float(2 * (w * both).sum() / (w * (predicted + truth)).sum())
-        empty = w * ~self.positive
-        if empty.sum() > 0:
-            found["empty_specificity"] = float((empty * (predicted == 0)).sum() / empty.sum())
+        for figure in ("dice_image_empty1", "dice_positive", "dice_dataset", "iou", "empty_specificity"):
+            values = {f"{figure}/{name}": of[figure] for name, of in zip(self.names, each, strict=True) if figure in of}
+            if values:
+                found[figure] = float(np.mean(list(values.values())))
+                found |= values if len(self.names) > 1 else {}
         return found
+
+    def _of_class(self, k: int, w: np.ndarray) -> dict[str, float]:
+        positive, empty = w * self.positive[:, k], w * ~self.positive[:, k]
+        total = self.predicted[:, k] + self.truth[:, k]
+        terms = {
+            "dice_image_empty1": (w @ self.dice[:, k], w.sum()),
+            "dice_positive": (positive @ self.dice[:, k], positive.sum()),
+            "dice_dataset": (2 * w @ self.both[:, k], w @ total),
+            "iou": (w @ self.iou[:, k], w.sum()),
+            "empty_specificity": (empty @ (self.predicted[:, k] == 0), empty.sum()),
+        }
+        return {name: float(part / whole) for name, (part, whole) in terms.items() if whole > 0}
+
+
+def overlap(prediction: np.ndarray, mask: np.ndarray) -> tuple[int, int, int]:
+    """Return the pixels in both, of the prediction and of the truth; where the truth is 127 nothing counts.
+
+    Args:
+        prediction: (H, W) bool.
+        mask: (H, W) uint8: 0 background, 127 ignored, 255 object.
+
+    Raises:
+        SistaError: masks of different sizes.
+    """
+    if prediction.shape != mask.shape:
+        raise SistaError(f"mask: the prediction is {prediction.shape}, the truth {mask.shape}; bring both to one size")
+    said, true = prediction.astype(bool) & (mask != IGNORED), mask == OBJECT
+    return int((said & true).sum()), int(said.sum()), int(true.sum())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -97,6 +98,25 @@ def refuse_duplicates(file: Path, ids: Sequence[str], rows: Sequence[int]) -> No
             raise SistaError(f"{file}: row {row} repeats the image id {name!r} of row {first[name]}; remove one")
 
 
+def inside(root: Path, name: str) -> Path | None:
+    """Return the path of a file that a table names, or None where the name is none or leads out of the folder."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or "\0" in name or parts[0] == "/" or ".." in parts or ":" in parts[0]:
+        return None
+    return root.joinpath(*parts)
+
+
+def index_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg")) -> dict[str, Path]:
+    """Return {file name: path} of the images below a folder; of two of a name the first in order."""
+    found: dict[str, Path] = {}
+    for base, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(tuple(suffixes)):
+                found.setdefault(name, Path(base, name))
+    return found
+
+
 def read_csv(file: Path) -> pd.DataFrame:
     """Read a `.csv` or `.csv.gz` with every value as text, blank as ""."""
     try:
@@ -106,4 +126,13 @@ def read_csv(file: Path) -> pd.DataFrame:
         raise SistaError(f"{file}: not a readable CSV ({reason}); download it again") from None
 
 
-from sista_pl.data.formats import mimic_cxr, rsna, siim, table  # noqa: E402, F401  their import is their registration
+from sista_pl.data.formats import (  # noqa: E402, F401  their import is their registration
+    chestxray14,
+    chexpert,
+    covidx,
+    mimic_cxr,
+    object_cxr,
+    rsna,
+    siim,
+    table,
+)

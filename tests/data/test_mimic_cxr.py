@@ -136,6 +136,56 @@ def test_uncertain_and_blank_labels_are_unknown(tmp_path):
     assert all(r.labels == {} for r in read(root, labels="none").rows)
 
 
+def radiologist(root, rows, head=LABELS):
+    write_csv(root / "mimic-cxr-2.1.0-test-set-labeled.csv", [["study_id", *head], *rows])
+
+
+def test_the_test_split_may_have_a_radiologists_labels(tmp_path):
+    root = write_tree(tmp_path / "jpg", reports=tmp_path / "mimic-cxr-reports")
+    (study,) = {r.study_id for r in read(root).rows if r.split == "test"}
+    before = {r.image_id: r.labels for r in read(root).rows}
+    values = ["1.0", "0.0", "-1.0", *[""] * (len(LABELS) - 3)]
+    radiologist(root, [[study, *values]])
+    release = read(root, test_labels="radiologist")
+    for row in release.rows:
+        if row.split == "test":
+            assert [row.labels[name] for name in LABELS[:2]] == [1, 0]
+            assert all(math.isnan(row.labels[name]) for name in LABELS[2:])
+        else:
+            assert str(row.labels) == str(before[row.image_id])
+    assert release.options["test_labels"] == "radiologist"
+    radiologist(root, [["59999999", *values]])
+    assert all(math.isnan(v) for r in read(root, test_labels="radiologist").rows if r.split == "test"
+               for v in r.labels.values())  # fmt: skip
+
+
+def test_the_radiologists_table_of_other_names_of_findings(phantom_root, tmp_path):
+    import shutil
+
+    root = tmp_path / "raw"
+    shutil.copytree(phantom_root, root)
+    before = {row.image_id: str(row.labels) for row in read(root, test_labels="radiologist").rows}
+    file = root / "mimic-cxr-2.1.0-test-set-labeled.csv"
+    head, rest = file.read_text().split("\n", 1)
+    assert "Lung Opacity" in head
+    file.write_text(head.replace("Lung Opacity", "Airspace Opacity").replace(" ", "_") + "\n" + rest)
+    assert {row.image_id: str(row.labels) for row in read(root, test_labels="radiologist").rows} == before
+
+
+def test_the_radiologists_table_is_asked_for_in_one_line(tmp_path):
+    root = write_tree(tmp_path / "jpg", reports=tmp_path / "mimic-cxr-reports")
+    with pytest.raises(SistaError, match=r"test-set-labeled\.csv not found; it is part of release 2\.1\.0"):
+        read(root, test_labels="radiologist")
+    with pytest.raises(SistaError, match="test_labels 'radiologists'; did you mean radiologist"):
+        read(root, test_labels="radiologists")
+    radiologist(root, [], LABELS[1:])
+    with pytest.raises(SistaError, match="no column 'Atelectasis'"):
+        read(root, test_labels="radiologist")
+    radiologist(root, [["50000001", "2", *[""] * (len(LABELS) - 1)]])
+    with pytest.raises(SistaError, match=r"row 2: Atelectasis is '2'"):
+        read(root, test_labels="radiologist")
+
+
 def test_views_are_a_choice(tmp_path):
     root = write_tree(tmp_path / "jpg", reports=tmp_path / "mimic-cxr-reports")
     assert [r.image_id for r in read(root, views=None).rows] == ["d1", "d2", "d3", "d4", "d5", "d6"]

@@ -20,6 +20,8 @@ _JPG_FOLDERS = [
 ]
 _REPORT_FOLDERS = ["", "mimic-cxr-reports", "mimic-cxr", "mimic-cxr/2.1.0", "mimic-cxr/2.0.0"]
 _LABELS = ("chexpert", "negbio", "none")
+_RADIOLOGIST = "mimic-cxr-2.1.0-test-set-labeled.csv"
+_TEST_LABELS = ("same", "radiologist")
 
 
 @READERS.register("mimic_cxr")
@@ -28,6 +30,7 @@ def read_mimic_cxr(
     reports: str | Path | None = None,
     views: Sequence[str] | None = ("PA", "AP"),
     labels: str = "chexpert",
+    test_labels: str = "same",
 ) -> Release:
     """Read MIMIC-CXR-JPG: one row an image whose study has a report, in the official split (validate = val).
 
@@ -40,6 +43,8 @@ def read_mimic_cxr(
             `mimic_cxr_sectioned.csv`; by default searched in and beside `root`.
         views: keep these values of ViewPosition; None keeps all.
         labels: "chexpert" or "negbio", whose -1 (uncertain) and blank (not mentioned) become NaN, or "none".
+        test_labels: "same", or "radiologist": the test split has those of `mimic-cxr-2.1.0-test-set-labeled.csv`
+            (release 2.1.0), and NaN where the radiologist read no report of the study.
 
     Raises:
         SistaError: a table, a column or the reports are missing, an image id comes twice.
@@ -49,6 +54,8 @@ def read_mimic_cxr(
         raise SistaError(f"{root}: no such folder; give the folder of MIMIC-CXR-JPG as root")
     if labels not in _LABELS:
         raise SistaError(f"mimic_cxr: labels {labels!r}; {did_you_mean(labels, _LABELS)}")
+    if test_labels not in _TEST_LABELS:
+        raise SistaError(f"mimic_cxr: test_labels {test_labels!r}; {did_you_mean(test_labels, _TEST_LABELS)}")
     views = [views] if isinstance(views, str) else views
     jpg = next((d for d in [root, *(root / f for f in _JPG_FOLDERS)] if _find_table(d, "metadata")), root)
 
@@ -76,6 +83,7 @@ def read_mimic_cxr(
     texts = dict(_read_reports(_find_reports(root, jpg, reports, studies), studies))
     findings_of = _read_labels(jpg, labels)
     unknown = dict.fromkeys(next(iter(findings_of.values()), {}), float("nan"))
+    read_by_people = _read_radiologist(jpg, list(unknown)) if test_labels == "radiologist" else None
 
     files, table, rows = jpg / "files", metadata_file.name, []
     columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "split", "row"]
@@ -85,7 +93,8 @@ def read_mimic_cxr(
             skipped.append((dicom, f"report s{study}: {text}"))
             continue
         path = files / f"p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
-        known = findings_of.get(study, unknown)
+        by = findings_of if read_by_people is None or part != "test" else read_by_people
+        known = by.get(study, unknown)
         rows.append(Row(dicom, subject, study, path, view, part, *text, known, source=f"{table}:{row}"))
     return Release(
         "mimic_cxr",
@@ -94,7 +103,11 @@ def read_mimic_cxr(
         skipped,
         phantom=is_phantom(root, jpg),
         root=jpg,
-        options={"views": None if views is None else [str(v) for v in views], "labels": labels},
+        options={
+            "views": None if views is None else [str(v) for v in views],
+            "labels": labels,
+            "test_labels": test_labels,
+        },
     )
 
 
@@ -122,7 +135,24 @@ def _read_labels(jpg: Path, source: str) -> dict[str, dict[str, float]]:
     """Return {study: {finding: 1, 0 or NaN}}."""
     if source == "none":
         return {}
-    file, table = _read_table(jpg, source)
+    return _labels_of(*_read_table(jpg, source))
+
+
+def _read_radiologist(jpg: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the same of the radiologist's table, for the findings `names`; all of them where there are none."""
+    file = jpg / _RADIOLOGIST
+    if not file.is_file():
+        raise SistaError(f"{jpg}: {_RADIOLOGIST} not found; it is part of release 2.1.0, or set test_labels to same")
+    # copies in the wild write Lung_Lesion, and Airspace Opacity for Lung Opacity
+    table = read_csv(file).rename(columns=lambda name: name if name.endswith("_id") else name.replace("_", " "))
+    table = table.rename(columns={"Airspace Opacity": "Lung Opacity"})
+    need_columns(file, list(table.columns), ["study_id", *names])
+    if names:
+        table = table[["study_id", *names]]
+    return _labels_of(file, table)
+
+
+def _labels_of(file: Path, table: pd.DataFrame) -> dict[str, dict[str, float]]:
     names = [c for c in table.columns if c not in ("subject_id", "study_id")]
     values = table[names].apply(pd.to_numeric, errors="coerce")
     wrong = values.isna() & (table[names] != "") | values.notna() & ~values.isin([1, 0, -1])

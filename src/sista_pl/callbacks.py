@@ -218,7 +218,7 @@ def _data_facts(trainer: Trainer) -> dict[str, Any]:
     similarity = getattr(trainer.datamodule, "similarity", None)
     return {"phantom": PHANTOM if store.phantom else False,
             "data": {"source": f"{store.name} {store.version}", "hash": store.hash,
-                     "split": store.info["split"], "rows": rows,
+                     "split": trainer.datamodule.split_told, "rows": rows,
                      "similarity": similarity.report() if similarity is not None else None}}  # fmt: skip
 
 

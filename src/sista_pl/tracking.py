@@ -72,7 +72,7 @@ def record_run(trainer: Trainer, config_path: Path, name: str) -> None:
     if store is not None:
         tags |= {
             "data.hash": store.hash,
-            "data.split": f"{store.info['split']['name']} {store.info['split']['sha256']}",
+            "data.split": " ".join(trainer.datamodule.split_told[key] for key in ("name", "sha256")),
             "data.source": f"{store.name} {store.version}",
             "data.phantom": str(store.phantom),
         }

@@ -8,6 +8,7 @@ import pytest
 
 from sista_pl.data.splits import (
     NAMED_SPLITS,
+    folds,
     grouped_split,
     label_fraction,
     shuffled_counts,
@@ -133,3 +134,18 @@ def test_counts_are_shares_where_there_are_more_or_fewer_ids(count):
     assert len(dealt) == count
     for name, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
         assert abs(list(dealt.values()).count(name) - share * count) <= 1
+
+
+def test_folds_keep_groups_whole_and_are_even():
+    draw = np.random.default_rng(0)
+    groups = np.repeat([f"p{i}" for i in range(40)], draw.integers(1, 5, 40))
+    dealt = folds(groups, 5, seed=3)
+    for group in set(groups):
+        assert len(set(dealt[groups == group])) == 1
+    counts = np.bincount(dealt, minlength=5)
+    assert counts.max() - counts.min() <= 4
+    order = draw.permutation(len(groups))
+    assert np.array_equal(folds(groups[order], 5, seed=3), dealt[order])
+    assert not np.array_equal(folds(groups, 5, seed=4), dealt)
+    with pytest.raises(SistaError, match="5 folds of 2 patients"):
+        folds(["a", "b", "b"], 5)

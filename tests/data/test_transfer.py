@@ -216,3 +216,28 @@ def test_real_lung_masks_and_boxes(real_data, tmp_path):
     boxes.setup("fit")
     lines = (real_data / "boxes.csv").read_text().splitlines()
     assert sum(len(found) for found, _ in boxes.boxes) == sum("_lung," in line for line in lines) > 70
+
+
+def test_folds_cover_the_images_once_and_cut_no_patient(store):
+    tested, named = [], set()
+    for number in range(5):
+        data = module(store, target="mask", fold=f"{number}/5")
+        patients = data.store.manifest["patient_id"].to_numpy()
+        parts = [set(patients[data.rows[name]]) for name in ("train", "val", "test")]
+        assert sum(map(len, parts)) == len(set.union(*parts))
+        tested += data.rows["test"].tolist()
+        following = module(store, target="mask", fold=f"{(number + 1) % 5}/5")
+        assert data.rows["val"].tolist() == following.rows["test"].tolist()
+        named.add((data.split_told["name"], data.split_told["sha256"]))
+    assert sorted(tested) == list(range(29))  # 29 has no mask
+    assert len(named) == 5
+    assert module(store, target="mask").split_told["name"] == "official"
+    part = module(store, target="mask", fold="0/5", label_fraction=0.5)
+    assert part.rows["test"].tolist() == module(store, target="mask", fold="0/5").rows["test"].tolist()
+    assert part.split_told == module(store, target="mask", fold="0/5").split_told
+
+
+@pytest.mark.parametrize("fold", ["5/5", "0/2", "0", "-1/5", "a/b"])
+def test_a_fold_that_is_none(store, fold):
+    with pytest.raises(SistaError, match="of five folds the first is 0/5"):
+        module(store, fold=fold)

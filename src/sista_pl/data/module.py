@@ -154,6 +154,11 @@ class BaseDataModule(LightningDataModule):
         splits = self.store.manifest["split"].to_numpy()
         return {name: np.flatnonzero(splits == name) for name in ("train", "val", "test")}
 
+    @property
+    def split_told(self) -> dict[str, str]:
+        """Name and SHA-256 of the rule that split the images, for checkpoint, tracker and metrics.json."""
+        return dict(self.store.info["split"])
+
     def _loader(self, split: str, train: bool) -> ResumableLoader:
         transform = transforms.build(self.size, self.crop, train, self.rotate, self.contrast)
         rows, world = self.rows[split], distributed.world_size()
@@ -179,7 +184,7 @@ class BaseDataModule(LightningDataModule):
         Lightning asks the loader too, but gives it nothing back when a schedule has asked for the number of steps.
         """
         place = {"batches": 0} if self.train_loader is None else self.train_loader.state_dict()
-        return {"place": place, "data": self.store.hash, "split": dict(self.store.info["split"])}
+        return {"place": place, "data": self.store.hash, "split": self.split_told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the place in the epoch.

@@ -101,6 +101,32 @@ def shuffled_counts(ids: Sequence[str], sizes: Mapping[str, int], seed: int) -> 
     return dealt
 
 
+def folds(groups: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
+    """Deal whole groups to folds of nearly equal numbers of rows, for cross-validation.
+
+    Groups go, in an order of their ids and the seed alone, each to the fold that has the fewest rows so far.
+
+    Args:
+        groups: (N) group of each row (the patient, usually); the order of the rows changes nothing.
+        count: of folds.
+        seed: another seed, other folds.
+
+    Returns:
+        (N,) 0 to count - 1.
+
+    Raises:
+        SistaError: fewer groups than folds.
+    """
+    names, of, sizes = np.unique(np.asarray(groups, dtype=str), return_inverse=True, return_counts=True)
+    if count < 2 or len(names) < count:
+        raise SistaError(f"{count} folds of {len(names)} patients: give at least 2, and a patient for each")
+    size, held, fold = dict(zip(names.tolist(), sizes.tolist(), strict=True)), [0] * count, dict[str, int]()
+    for name in ordered_by_hash(names.tolist(), seed):
+        fold[name] = held.index(min(held))
+        held[fold[name]] += size[name]
+    return np.array([fold[name] for name in names.tolist()])[of]
+
+
 def label_fraction(patients: Sequence[str], labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
     """Choose a share of the labelled images by whole patients: nested, stratified, a function of ids and seed alone.
 

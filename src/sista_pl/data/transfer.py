@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from sista_pl.data import transforms
 from sista_pl.data.images import BadImage, image_size, read_gray
 from sista_pl.data.module import BaseDataModule, StoreDataset, as_it_is
-from sista_pl.data.splits import label_fraction
+from sista_pl.data.splits import folds, label_fraction, split_hash
 from sista_pl.errors import SistaError, did_you_mean
 
 TARGETS = ("labels", "mask", "boxes")
@@ -134,6 +134,9 @@ class TransferDataModule(BaseDataModule):
         masks_from_boxes: with `target: mask`, fill the boxes instead of reading masks.
         label_fraction: share of the labelled training images, in (0, 1]: nested, stratified, by whole patients.
         fraction_seed: another seed, another subset.
+        fold: cross-validation in place of the release's split: `0/5` tests on the first of five folds of whole
+            patients, validates on the next and trains on the rest; `1/5` … `4/5` are the others.
+        fold_seed: another seed, other folds.
         balance: keep as many training images without the target as there are with it (MGCA's SIIM protocol).
         inputs: of `sista predict`: a folder (searched through) or a CSV with a column `image` (or `path`).
         kwargs: see `BaseDataModule`.
@@ -150,6 +153,8 @@ class TransferDataModule(BaseDataModule):
         masks_from_boxes: bool = False,
         label_fraction: float = 1.0,
         fraction_seed: int = 0,
+        fold: str | None = None,
+        fold_seed: int = 0,
         balance: bool = False,
         inputs: str | Path | None = None,
         **kwargs: Any,
@@ -161,10 +166,13 @@ class TransferDataModule(BaseDataModule):
             raise SistaError(f"data: label_fraction is {label_fraction}; give a share above 0 and at most 1, as 0.01")
         self.target, self.wanted_labels, self.wanted_categories = target, labels, categories
         self.masks_from_boxes, self.label_fraction, self.fraction_seed = masks_from_boxes, label_fraction, fraction_seed
+        self.fold = None if fold is None else _fold(fold)
+        self.fold_seed = fold_seed
         self.balance, self.inputs = balance, None if inputs is None else Path(inputs)
         self.classes: list[str] = []  # names of the K labels or box categories
         self.labels = np.zeros((0, 0), np.float32)  # (rows of the store, K)
         self.boxes: list[tuple[np.ndarray, np.ndarray]] = []  # a row: (M, 4) x0 y0 x1 y1 in store pixels, (M,) class
+        self._usable = np.zeros(0, bool)  # (rows of the store,) whether it has a target
         self.kept = Kept()
         self.files: list[Path] = []
 
@@ -181,7 +189,9 @@ class TransferDataModule(BaseDataModule):
     def split(self) -> dict[str, np.ndarray]:
         """Return the rows of each split that have a target; of the training rows the asked share."""
         usable, strata = getattr(self, f"_read_{self.target}")()
-        rows = {name: found[usable[found]] for name, found in super().split().items()}
+        self._usable = usable
+        rows = super().split() if self.fold is None else self._split_by_fold(usable)
+        rows = {name: found[usable[found]] for name, found in rows.items()}
         train, patients = rows["train"], self.store.manifest["patient_id"].to_numpy()
         if len(train) and self.balance:
             train = _balanced(train, (strata[train] == 1).any(1), self.fraction_seed)
@@ -189,6 +199,24 @@ class TransferDataModule(BaseDataModule):
             train = train[label_fraction(patients[train], strata[train], self.label_fraction, self.fraction_seed)]
             self._check_fraction(strata[rows["train"]], strata[train])
         return rows | {"train": train}
+
+    def _split_by_fold(self, usable: np.ndarray) -> dict[str, np.ndarray]:
+        assert self.fold is not None
+        number, count = self.fold
+        rows = np.flatnonzero(usable)
+        dealt = folds(self.store.manifest["patient_id"].to_numpy()[rows], count, self.fold_seed)
+        test, val = dealt == number, dealt == (number + 1) % count
+        return {"train": rows[~test & ~val], "val": rows[val], "test": rows[test]}
+
+    @property
+    def split_told(self) -> dict[str, str]:
+        if self.fold is None:
+            return super().split_told
+        parts = self._split_by_fold(self._usable)
+        ids = self.store.manifest["image_id"].to_numpy()[np.concatenate(list(parts.values()))]
+        places = [name for name, rows in parts.items() for _ in rows]
+        number, count = self.fold
+        return {"name": f"fold {number}/{count}, seed {self.fold_seed}", "sha256": split_hash(ids.tolist(), places)}
 
     def _check_fraction(self, whole: np.ndarray, part: np.ndarray) -> None:
         lost = (whole == 1).any(0) & ~(part == 1).any(0)
@@ -259,6 +287,13 @@ class TransferDataModule(BaseDataModule):
             InputsDataset(self.files, self.size, self.crop), batch_size=self.batch_size, num_workers=self.num_workers,
             collate_fn=as_it_is,
         )  # fmt: skip
+
+
+def _fold(text: str) -> tuple[int, int]:
+    number, _, count = str(text).partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) and int(count) >= 3):
+        raise SistaError(f"data: fold is {text!r}; of five folds the first is 0/5, the last 4/5; 3 folds at least")
+    return int(number), int(count)
 
 
 def _balanced(rows: np.ndarray, positive: np.ndarray, seed: int) -> np.ndarray:

@@ -17,18 +17,19 @@ SMALL = [
 PHANTOM = ["--data.phantom", "{studies: 80, seed: 3, size: 96, workers: 1}", "--data.size", "64", "--data.crop", "48"]
 
 
-@pytest.mark.slow
 def of_pretraining(name: str) -> bool:
     return name == "pretrain.yaml" or ("/" in name and "TransferDataModule" not in packaged.find(name).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", filter(of_pretraining, packaged.names()))
 def test_fit_then_test(name, workdir, phantom_root, capsys):
     group = name.split("/")[0]
     overlay = {"data": ["--data", name], "trainer": ["--trainer", name], "pretrain.yaml": []}.get(
         group, ["--config", name]
     )
-    small = [*SMALL, *PHANTOM, "--data.root", str(phantom_root), "--data.store", "store"]
+    root = workdir / "raw" if "open_i" in name else phantom_root
+    small = [*SMALL, *PHANTOM, "--data.root", str(root), "--data.store", "store"]
     if name == "data/table.yaml":
         table(phantom_root, workdir)
         small += ["--data.root", "mine.csv", "--data.phantom", "null"]

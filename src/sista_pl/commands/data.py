@@ -19,6 +19,9 @@ From nothing to a store, without any data of your own:
 MIMIC-CXR-JPG, with mimic-cxr-reports.zip in or beside it:
   sista data prepare mimic_cxr --root physionet.org/files/mimic-cxr-jpg/2.1.0 --out stores/mimic --workers 8
 
+Real reports with drawn films, from the tags of Open-i / IU X-ray (or of any CSV of findings, impression and MeSH):
+  sista data phantom --layout open_i --reports indiana_reports.csv --out raw/mesh
+
 Your own images and reports, one table of paths and texts:
   sista data prepare table --root studies.csv --out stores/ours \\
     --option columns.image=path --option columns.report=text --option columns.patient=patient
@@ -28,12 +31,18 @@ A run that was stopped goes on where it was when the same command is given again
 An array job gives each task its part; the last to end makes the store, with the bytes of a single run:
   sista data prepare mimic_cxr --root raw --out stores/mimic --workers 8 --shard $SLURM_ARRAY_TASK_ID/16
 
-Options of a reader are written KEY=VALUE, the value as YAML:
-  mimic_cxr   reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
-  rsna        split=rsna/mgca|rsna/gloria-cls
-  siim        split=siim/grouped|siim/mgca-rows
-  table       table=FILE  columns.image=COLUMN … images=FOLDER  boxes=FILE  where.COLUMN=VALUE  require_report=false
-              seed=0
+Options of a reader are written KEY=VALUE, the value as YAML; the first of several values is the default:
+  mimic_cxr    reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
+  chexpert     split=chexpert/competition  uncertain=competition|unknown|ones|zeros  labels=all|competition
+               views=[frontal]  blank=absent|unknown  test=valid|official
+  rsna         split=rsna/mgca|rsna/gloria-cls
+  siim         split=siim/grouped|siim/mgca-rows
+  covidx       split=covidx/official  version=V9A (where several lie there)
+  chestxray14  split=chestxray14/official|chestxray14/grouped
+  object_cxr   split=object_cxr/official
+  open_i       views=[frontal, ""] ("" is unknown)  split=open_i/grouped
+  table        table=FILE  columns.image=COLUMN …  images=FOLDER  where.COLUMN=VALUE  require_report=true|false
+               boxes=FILE  seed=0
 Example:
   sista data prepare table --root data --out stores/ours --option table=studies.csv --option where.projection=frontal
 """
@@ -68,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     phantom = verbs.add_parser("phantom", help="draw chest X-rays with reports, in the layout of a real release")
     phantom.add_argument("--layout", default="mimic_cxr", help="name of the release's reader (default: %(default)s)")
     phantom.add_argument("--out", type=Path, required=True, help="folder to write")
-    phantom.add_argument("--studies", type=int, default=500, help="number of studies (default: %(default)s)")
+    phantom.add_argument("--studies", type=int, help="number of studies (default: 500; with --reports all of them)")
+    phantom.add_argument(
+        "--reports", type=Path, metavar="FILE", help="take the words of real reports and draw what their MeSH tags say"
+    )
     phantom.add_argument("--seed", type=int, default=0, help="another seed, other studies (default: %(default)s)")
     phantom.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
     phantom.add_argument("--workers", type=int, default=0, help="parallel workers (default: %(default)s)")
@@ -107,10 +119,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _phantom(layout: str, out: Path, studies: int, seed: int, size: int, workers: int) -> None:
-    from sista_pl.data.phantom import write_phantom
+def _phantom(
+    layout: str, out: Path, studies: int | None, seed: int, size: int, workers: int, reports: Path | None
+) -> None:
+    from sista_pl.data.phantom import read_real_reports, write_phantom
 
-    write_phantom(layout, out, studies, seed, size, workers)
+    real = None
+    if reports is not None:
+        real = read_real_reports(reports)
+        studies = len(real.reports) if studies is None else studies
+    studies = 500 if studies is None else studies
+    write_phantom(layout, out, studies, seed, size, workers, reports=real)
+    if real is not None:
+        drawn, missing = real.coverage(studies)
+        others = ", ".join(f"{name} {count}" for name, count in missing.most_common(5)) or "none"
+        left_out = ", ".join(f"{count} {why}" for why, count in real.left_out.items()) or "none"
+        print(
+            f"PHANTOM DATA with the words of real reports, which keep their licence: {studies} of {len(real.reports)} "
+            f"reports, left out {left_out}; {drawn} of {drawn + missing.total()} tags drawn, not drawn most: {others}"
+        )
     print(f"{studies} phantom studies in {out}; next: sista data prepare {layout} --root {out} --out {out}-store")
 
 

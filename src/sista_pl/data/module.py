@@ -64,7 +64,8 @@ class BaseDataModule(LightningDataModule):
         store: folder of the prepared store.
         format: how the release is laid out, one of `sista list datasets`; needed to prepare.
         root: folder of the raw release; needed to prepare.
-        phantom: draw the release first, `{studies: 4000, seed: 0}`; only on a root that is absent or a phantom.
+        phantom: draw the release first, `{studies: 4000, seed: 0}`, with the words of the real reports that a file
+            `reports` holds, if it is given; only on a root that is absent or a phantom.
         options: of the reader, such as `reports`, `views` or `columns`.
         size: side of the stored images in pixels.
         crop: side of the encoder's input in pixels; the size where it is not given.

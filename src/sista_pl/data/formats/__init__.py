@@ -132,6 +132,7 @@ from sista_pl.data.formats import (  # noqa: E402, F401  their import is their r
     covidx,
     mimic_cxr,
     object_cxr,
+    open_i,
     rsna,
     siim,
     table,

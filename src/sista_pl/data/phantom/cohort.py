@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,14 +19,18 @@ import numpy as np
 import pandas as pd
 
 from sista_pl.allocator import keep_memory
+from sista_pl.data.formats.open_i import TaggedReport
 from sista_pl.data.phantom.film import Rendering, render
-from sista_pl.data.phantom.report import Report, stated, write_report
+from sista_pl.data.phantom.mesh import findings_from_mesh
+from sista_pl.data.phantom.real import RealReports, read_real_reports, real_document, study_from_mesh
+from sista_pl.data.phantom.report import Report, document, stated, write_report
 from sista_pl.data.phantom.study import Patient, Study, draw_patient, draw_study
 from sista_pl.errors import SistaError
 from sista_pl.registry import Registry
 
 PHANTOM_VERSION = "1.1"
 NOTICE = "PHANTOM DATA: drawn by a program, no patient"
+REAL_NOTICE = "PHANTOM DATA: films drawn by a program, no patient's; the reports are real ones"
 # Patient-disjoint and even from the first patients on: the golden ratio spreads patients over [0, 1).
 _SPLITS = (("train", 0.76), ("validate", 0.91), ("test", 1.0))
 _STUDIES_A_PATIENT = (0.45, 0.27, 0.17, 0.11)
@@ -65,11 +69,11 @@ class Plan:
         return next(name for name, edge in _SPLITS if u < edge)
 
 
-def _plans(studies: int, seed: int) -> Iterator[Plan]:
+def _plans(studies: int, seed: int, single: bool = False) -> Iterator[Plan]:
     patient = 0
     while studies > 0:
         u = np.random.default_rng([seed, patient, 9]).random()
-        count = min(studies, 1 + int(np.searchsorted(np.cumsum(_STUDIES_A_PATIENT), u)))
+        count = 1 if single else min(studies, 1 + int(np.searchsorted(np.cumsum(_STUDIES_A_PATIENT), u)))
         yield from (Plan(patient, study) for study in range(count))
         studies, patient = studies - count, patient + 1
 
@@ -85,6 +89,7 @@ class Drawn:
         rendering: the frontal film with masks and boxes, in the aspect of a real film.
         words, extra: the random streams of the text and of all that a layout draws beyond the film.
         size: longer side of the films in pixels.
+        real: the report whose words and tags these are, where the phantom was given real ones.
     """
 
     seed: int
@@ -95,11 +100,22 @@ class Drawn:
     words: np.random.Generator
     extra: np.random.Generator
     size: int
+    real: TaggedReport | None = None
 
     def name(self, number: int = 0) -> str:
         """40 hexadecimal digits, another for each film of the study."""
         text = f"{self.seed} {self.plan.patient} {self.plan.study} {number}"
         return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def document(self) -> str:
+        """The report as a text file of MIMIC-CXR."""
+        return real_document(self.real) if self.real else document(self.study, self.report, self.words)
+
+    def _of_real(self) -> dict[str, str]:
+        """Which report it is, and its tags that are not on the film."""
+        if self.real is None:
+            return {}
+        return {"report": self.real.uid, "not_drawn": json.dumps(findings_from_mesh(self.real.tags).missing)}
 
     def truth(self, image_id: str, **more: Any) -> dict[str, Any]:
         """The row of `phantom/truth.parquet`; masks as column-major run lengths, boxes in pixels of the film."""
@@ -108,6 +124,7 @@ class Drawn:
             "patient": self.plan.patient,
             "split": self.plan.split,
             **more,
+            **self._of_real(),
             "attributes": json.dumps(sorted(self.study.attributes())),
             "drawn": json.dumps(asdict(self.study)),
             "stated": json.dumps(sorted(stated(self.study, self.report))),
@@ -127,11 +144,13 @@ class Layout:
             and touches nothing else. A function of a module, so that it can be sent there.
         write_tables: (root, records) → writes the tables of the release; records come in the order of the cohort.
         aspect: False leaves the film square, where a release has only square ones.
+        single: True gives each patient one study, where a release does not tell which studies are of one.
     """
 
     write_study: Callable[[Drawn, Path], dict[str, Any]]
     write_tables: Callable[[Path, list[dict[str, Any]]], None]
     aspect: bool = True
+    single: bool = False
 
 
 def phantom_study(seed: int, patient: int, study: int) -> Study:
@@ -140,24 +159,30 @@ def phantom_study(seed: int, patient: int, study: int) -> Study:
     return draw_study(np.random.default_rng([seed, patient, study + 1, 0]), person)
 
 
-def draw(plan: Plan, seed: int, size: int, aspect: bool = True) -> Drawn:
-    """Draw the study of a plan: a pure function of (seed, patient, study, size)."""
-    study = phantom_study(seed, plan.patient, plan.study)
+def draw(plan: Plan, seed: int, size: int, aspect: bool = True, real: TaggedReport | None = None) -> Drawn:
+    """Draw the study of a plan: a pure function of (seed, patient, study, size), and of the real report, if any."""
     key = [seed, plan.patient, plan.study + 1]
     words, pixels, extra = (np.random.default_rng([*key, n]) for n in (1, 2, 3))
-    report = write_report(study, words)
-    rendering = render(study, size, pixels)
-    return Drawn(seed, plan, study, report, _crop(rendering, pixels) if aspect else rendering, words, extra, size)
+    if real is None:
+        study = phantom_study(seed, plan.patient, plan.study)
+        report = write_report(study, words)
+    else:
+        tagged = findings_from_mesh(real.tags)
+        study = study_from_mesh(tagged, seed, plan.patient)
+        report = Report(real.findings, real.impression, tagged.states)
+    film = render(study, size, pixels)
+    return Drawn(seed, plan, study, report, _crop(film, pixels) if aspect else film, words, extra, size, real)
 
 
 def write_phantom(
-    layout: str,
+    layout: str | dict[str, Any],
     root: str | Path,
-    studies: int,
+    studies: int | None = None,
     seed: int = 0,
     size: int = 320,
     workers: int = 0,
     progress: bool = True,
+    reports: str | Path | RealReports | None = None,
 ) -> Path:
     """Draw a phantom in the layout of a release, with the truth (`phantom/truth.parquet`).
 
@@ -167,20 +192,34 @@ def write_phantom(
     Args:
         layout: the name of the release's reader, "mimic_cxr".
         root: folder to make. One that holds the same phantom already is returned as it is.
-        studies: number of studies, one frontal film each.
+        studies: number of studies, one frontal film each; with `reports` all of them where it is not given.
         seed: another seed, other patients.
         size: longer side of the films in pixels.
         workers: processes; 0 is one a core.
         progress: show a bar on standard error.
+        reports: a CSV of real reports with their MeSH tags, or a folder of Open-i. Study i gets the words of report i,
+            a film drawn from its tags (`mesh.py`), and a patient of its own; other layouts get the films alone.
 
     Raises:
-        SistaError: `root` holds something else, an unknown layout, or the numbers make no sense.
+        SistaError: `root` holds something else, an unknown layout, the numbers make no sense, or there are fewer
+            reports than studies.
     """
     root, form = Path(root), LAYOUTS.build(layout)
+    real = read_real_reports(reports) if isinstance(reports, str | Path) else reports
+    if real is not None:
+        studies = len(real.reports) if studies is None else studies
+        if studies > len(real.reports):
+            raise SistaError(
+                f"reports: {len(real.reports)} with text and tags, but studies is {studies}; give at most that"
+            )
+    if studies is None:
+        raise SistaError("phantom: no number of studies; give studies, 4000 for example")
     if studies < 1 or size < 32 or workers < 0:
         raise SistaError(f"phantom: studies={studies} size={size} workers={workers}; give 1, 32 and 0 or more")
-    told: dict[str, str | int] = {"notice": NOTICE, "version": PHANTOM_VERSION, "generator": generator_hash(form)}
-    told |= {"layout": layout, "seed": seed, "studies": studies, "size": size}
+    told: dict[str, Any] = {"notice": REAL_NOTICE if real else NOTICE, "version": PHANTOM_VERSION}
+    told |= {"generator": generator_hash(form), "layout": layout, "seed": seed, "studies": studies, "size": size}
+    if real is not None:
+        told["reports"] = real.sha256
     if _is_there(root, told):
         return root
     # A name of its own for each process: two that start together do not write into one folder.
@@ -188,8 +227,9 @@ def write_phantom(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        plans = list(_plans(studies, seed))
-        records = _draw_all(plans, form, part, seed, size, workers or os.cpu_count() or 1, progress)
+        plans = list(_plans(studies, seed, form.single or real is not None))
+        words = [None] * studies if real is None else real.reports[:studies]
+        records = _draw_all(plans, words, form, part, seed, size, workers or os.cpu_count() or 1, progress)
         form.write_tables(part, records)
         (part / "phantom").mkdir()
         truth = pd.DataFrame([record["truth"] for record in records])
@@ -214,7 +254,8 @@ def _is_there(root: Path, told: dict) -> bool:
         there = {}
     if there == told:
         return True
-    differs = ", ".join(f"{k} {there.get(k)}" for k, v in told.items() if there.get(k) != v and k != "notice")
+    keys = [key for key in dict.fromkeys((*told, *there)) if there.get(key) != told.get(key) and key != "notice"]
+    differs = ", ".join(f"{key} {there.get(key)}" for key in keys)
     raise SistaError(f"{root}: holds another phantom ({differs}); remove it or choose another folder")
 
 
@@ -230,8 +271,9 @@ def _move(part: Path, root: Path, told: dict) -> None:
 
 
 def _draw_all(
-    plans: list[Plan], form: Layout, root: Path, seed: int, size: int, workers: int, progress: bool
-) -> list[dict]:
+    plans: list[Plan], reals: Sequence[TaggedReport | None], form: Layout, root: Path, seed: int, size: int,
+    workers: int, progress: bool,
+) -> list[dict]:  # fmt: skip
     from rich.console import Console
     from rich.progress import track
 
@@ -243,15 +285,15 @@ def _draw_all(
 
     if workers == 1:
         keep_memory()
-        return tracked(map(job, plans))
+        return tracked(map(job, plans, reals))
     # Not fork: a caller with threads (torch, a progress bar) may hold locks that a forked child never gets.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(plans)), mp_context=context, initializer=keep_memory) as pool:
-        return tracked(pool.map(job, plans, chunksize=8))
+        return tracked(pool.map(job, plans, reals, chunksize=8))
 
 
-def _draw_one(plan: Plan, form: Layout, root: Path, seed: int, size: int) -> dict:
-    return form.write_study(draw(plan, seed, size, form.aspect), root)
+def _draw_one(plan: Plan, real: TaggedReport | None, form: Layout, root: Path, seed: int, size: int) -> dict:
+    return form.write_study(draw(plan, seed, size, form.aspect, real), root)
 
 
 def _crop(rendering: Rendering, rng: np.random.Generator) -> Rendering:

@@ -6,6 +6,7 @@ from sista_pl.data.phantom.layouts import (  # noqa: F401  their import is their
     covidx,
     mimic_cxr,
     object_cxr,
+    open_i,
     rsna,
     siim,
 )

@@ -12,7 +12,6 @@ from PIL import Image
 
 from sista_pl.data.phantom.cohort import LAYOUTS, Drawn, Layout, Plan
 from sista_pl.data.phantom.film import render_lateral
-from sista_pl.data.phantom.report import document
 from sista_pl.data.phantom.study import Study
 
 LABELS = (
@@ -64,7 +63,7 @@ def _write_study(drawn: Drawn, root: Path) -> dict:
     folder.mkdir(parents=True)
     text = root / "mimic-cxr-reports" / _folder(plan) / f"s{plan.study_id}.txt"
     text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text(document(study, drawn.report, drawn.words), encoding="ascii", newline="\n")
+    text.write_text(drawn.document(), encoding="utf-8", newline="\n")
     images = []
     for number, (view, image) in enumerate(films):
         dicom = _dicom_id(drawn, number)

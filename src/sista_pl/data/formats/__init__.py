@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,13 @@ def inside(root: Path, name: str) -> Path | None:
 def index_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg")) -> dict[str, Path]:
     """Return {file name: path} of the images below a folder; of two of a name the first in order."""
     found: dict[str, Path] = {}
-    for base, folders, names in os.walk(folder):
+    seen: set[str] = set()
+    # large releases are often linked into place, a part at a time
+    for base, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         folders.sort()
         for name in sorted(names):
             if name.lower().endswith(tuple(suffixes)):
@@ -120,7 +127,12 @@ def index_images(folder: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg
 def read_csv(file: Path) -> pd.DataFrame:
     """Read a `.csv` or `.csv.gz` with every value as text, blank as ""."""
     try:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
+        with warnings.catch_warnings():
+            # where row 2 is longer than the header, pandas would shift all columns by one
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
+    except pd.errors.ParserWarning:
+        raise SistaError(f"{file}: row 2 has more values than the header; download it again") from None
     except (ValueError, EOFError, OSError, zlib.error) as why:
         reason = " ".join(str(why).split())
         raise SistaError(f"{file}: not a readable CSV ({reason}); download it again") from None

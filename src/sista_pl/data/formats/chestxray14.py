@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,6 @@ from sista_pl.data.formats import (
     index_images,
     is_phantom,
     need_columns,
-    read_csv,
     refuse_duplicates,
 )
 from sista_pl.data.reports import BadReport, decode_text
@@ -68,12 +69,14 @@ def read_chestxray14(root: Path, split: str = "chestxray14/official") -> Release
     if name is None:
         raise SistaError(f"{root}: {next(iter(TABLES))} not found; give the folder of ChestX-ray14 as root")
     file = root / name
-    columns = _table(file)
-    where, boxes = index_images(root, (".png",)), _boxes(root / BOXES)
+    table = _table(file)
+    where, (boxes, sources) = index_images(root, (".png",)), _boxes(root / BOXES)
     rows: list[Row] = []
-    skipped: list[tuple[str, str]] = []
+    listed = {image for _, (image, *_) in table}
+    skipped = [(image, f"{source}: {image!r} is not in {name}") for image, source in sources.items()
+               if image not in listed]  # fmt: skip
     numbers: list[int] = []
-    for number, (image, found, follow, patient, view) in enumerate(zip(*columns, strict=True), start=2):
+    for number, (image, found, follow, patient, view) in table:
         source = f"{name}:{number}"
         named = [] if found == "No Finding" else found.split("|")
         for label in named:
@@ -105,19 +108,31 @@ def read_chestxray14(root: Path, split: str = "chestxray14/official") -> Release
     return Release("chestxray14", TABLES[name], kept, skipped, is_phantom(root), root, options, split)
 
 
-def _table(file: Path) -> list[list[str]]:
-    """Return the columns that are needed; the header has commas inside brackets, and so more fields than names."""
+def _fields(file: Path, needed: Sequence[str], least: int = 0) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the header and (number, fields) of the other rows, that are as many as the `needed` columns ask for.
+
+    Commas inside the brackets of a header make more names of it than there are columns, so that pandas cannot.
+    """
     try:
-        lines = list(csv.reader(decode_text(file.read_bytes()).splitlines()))
+        text = io.StringIO(decode_text(file.read_bytes()), newline="")
+        lines = [[field.strip() for field in line] for line in csv.reader(text)]
     except (BadReport, OSError, csv.Error) as why:
         raise SistaError(f"{file}: not a readable CSV ({why}); download it again") from None
-    header = [name.strip() for name in lines[0]] if lines else []
-    need_columns(file, header, _COLUMNS)
-    places = [header.index(name) for name in _COLUMNS]  # all of them left of the brackets
-    for number, line in enumerate(lines[1:], start=2):
-        if len(line) <= max(places):
+    header = lines[0] if lines else []
+    need_columns(file, header, needed)
+    least = max(least, *(header.index(name) + 1 for name in needed))
+    rows = [(number, line) for number, line in enumerate(lines[1:], start=2) if line]
+    for number, line in rows:
+        if len(line) < least:
             raise SistaError(f"{file}: row {number} has {len(line)} fields; download the file again")
-    return [[line[place].strip() for line in lines[1:]] for place in places]
+    return header, rows
+
+
+def _table(file: Path) -> list[tuple[int, list[str]]]:
+    """Return (number, the columns that are needed) of each row; all of them are left of the brackets."""
+    header, rows = _fields(file, _COLUMNS)
+    places = [header.index(name) for name in _COLUMNS]
+    return [(number, [line[place] for place in places]) for number, line in rows]
 
 
 def _official(root: Path) -> dict[str, str]:
@@ -136,20 +151,23 @@ def _official(root: Path) -> dict[str, str]:
     return found
 
 
-def _boxes(file: Path) -> dict[str, list[dict]]:
-    """Return {image: boxes}; the release writes `Bbox [x,y,w,h]` over four columns, and Infiltrate for Infiltration."""
-    if not file.is_file():
-        return {}
-    table = read_csv(file)
-    need_columns(file, list(table.columns), ["Image Index", "Finding Label"])
-    if table.shape[1] < 6:
-        raise SistaError(f"{file}: {table.shape[1]} columns; image, label, x, y, w and h are known")
+def _boxes(file: Path) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Return {image: boxes} and {image: "file:row" of its first box}.
+
+    The release writes `Bbox [x,y,w,h]` over four columns, and Infiltrate for Infiltration.
+    """
     found: dict[str, list[dict]] = {}
-    for image, label, *place in table.iloc[:, :6].itertuples(index=False, name=None):
-        box = dict(zip("xywh", (_number(value) for value in place), strict=True))
+    sources: dict[str, str] = {}
+    if not file.is_file():
+        return found, sources
+    for number, (image, label, *place) in _fields(file, ("Image Index", "Finding Label"), least=6)[1]:
         category = "Infiltration" if label == "Infiltrate" else label
+        if category not in LABELS:
+            raise SistaError(f"{file}: row {number}: label {label!r}; known: {', '.join(LABELS)}")
+        box = dict(zip("xywh", (_number(value) for value in place[:4]), strict=True))
         found.setdefault(image, []).append({"category": category, **box})
-    return found
+        sources.setdefault(image, f"{file.name}:{number}")
+    return found, sources
 
 
 def _is_box(box: dict) -> bool:

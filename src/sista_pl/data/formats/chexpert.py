@@ -38,22 +38,24 @@ _FOLDER = re.compile(_STUDY)
 
 @NAMED_SPLITS.register("chexpert/competition")
 def chexpert_competition(table: pd.DataFrame, seed: int = 0) -> list[str]:
-    """Test is the expert-labelled list; val are whole patients of train, until they have 5,000 frontal films.
+    """Test is the expert-labelled list; val are whole patients of train with 5,000 frontal films together.
 
     Which 5,000 images MGCA and GLoRIA drew was never published. Of a smaller release val takes the same share, 5,000
-    of 191,027. Laterals follow their patient, so that nobody's split depends on the views that are read. `list` says
-    where a row stands ("train" or other), `frontal` whether its film is frontal.
+    of 191,027. A patient with more films than are still wanted is passed over. Laterals follow their patient, so that
+    nobody's split depends on the views that are read. `list` says where a row stands ("train" or other), `frontal`
+    whether its film is frontal.
     """
     train = table[(table["list"] == "train").to_numpy()]
     frontals = {str(name): int(count) for name, count in train.groupby("patient_id")["frontal"].sum().items()}
-    wanted = VAL_IMAGES * min(1.0, sum(frontals.values()) / TRAIN_FRONTALS)
+    wanted = math.ceil(VAL_IMAGES * min(1.0, sum(frontals.values()) / TRAIN_FRONTALS))
     val: set[str] = set()
     # dealt to one part only, patients stand in the order of their hash
     for patient in shuffled_counts(list(frontals), {"order": len(frontals)}, seed) if frontals else ():
-        if wanted <= 0:
+        if not wanted:
             break
-        val.add(patient)
-        wanted -= frontals[patient]
+        if frontals[patient] <= wanted:
+            val.add(patient)
+            wanted -= frontals[patient]
     places = zip(table["list"], table["patient_id"], strict=True)
     return ["test" if place != "train" else "val" if patient in val else "train" for place, patient in places]
 
@@ -115,7 +117,7 @@ def read_chexpert(
         rows += _read_test(folder, names, skipped, versions)
     ids = pd.DataFrame({
         "image_id": [row.image_id for row in rows], "patient_id": [row.patient_id for row in rows],
-        "list": [row.split for row in rows], "frontal": [row.view != "Lateral" for row in rows],
+        "list": [row.split for row in rows], "frontal": ["_lateral" not in row.image_id for row in rows],
     })  # fmt: skip
     kept = []
     for row, part, frontal in zip(rows, split_table(split, ids), ids["frontal"].tolist(), strict=True):

@@ -136,11 +136,11 @@ def _lines(file: Path) -> list[tuple[int, str]]:
 def _fields(line: str) -> tuple[str, str, str, str] | None:
     """Return patient, file, class and source, or None; only the name of the file may hold blanks."""
     patient, _, rest = line.strip().partition(" ")
-    fields = rest.rsplit(" ", 2)
-    if len(fields) != 3 or not all(fields):
+    fields = rest.rsplit(maxsplit=2)
+    if len(fields) != 3:
         return None
     name = fields[0].strip()
-    if not name or len(name.encode()) > 255 or name in (".", "..") or Path(name).name != name:
+    if len(name.encode()) > 255 or name in (".", "..") or Path(name).name != name:
         return None
     return patient, name, fields[1], fields[2]
 

@@ -57,7 +57,8 @@ def read_object_cxr(root: Path, split: str = "object_cxr/official") -> Release:
         pairs = table[[column, "annotation"]].itertuples(index=False, name=None)
         for number, (name, annotation) in enumerate(pairs, start=2):
             source = f"{file.name}:{number}"
-            path = inside(folder, name)
+            # the release's page writes /path/00001.jpg; the folder of a part is flat
+            path = inside(folder, name.lstrip("/"))
             if path is None:
                 skipped.append((name or source, f"{source}: {name!r} is no file of the release"))
                 continue
@@ -66,9 +67,11 @@ def read_object_cxr(root: Path, split: str = "object_cxr/official") -> Release:
             except BadImage as why:
                 skipped.append((name, f"{source}: {why}"))
                 continue
-            image_id = f"{part}/{Path(name).name}"
+            image_id = f"{part}/{path.name}"
             labels = {CATEGORY: float(bool(boxes))}
-            rows.append(Row(image_id, image_id, image_id, path, "", part, "", "", labels, None, boxes, source))
+            rows.append(
+                Row(image_id, image_id, image_id, folder / path.name, "", part, "", "", labels, None, boxes, source)
+            )
             numbers.append(number)
             official.append(part)
         refuse_duplicates(file, [row.image_id for row in rows[-len(numbers) :]] if numbers else [], numbers)

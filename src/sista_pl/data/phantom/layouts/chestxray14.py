@@ -59,4 +59,4 @@ def _write_tables(root: Path, records: list[dict]) -> None:
         for record in records
         for label, x, y, w, h in record["boxes"]
     ]
-    write("BBox_List_2017.csv", ["Image Index,Finding Label,Bbox [x,y,w,h],,,,,,", *boxes])
+    write("BBox_List_2017.csv", ["Image Index,Finding Label,Bbox [x,y,w,h],,,", *boxes])

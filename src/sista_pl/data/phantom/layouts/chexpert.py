@@ -43,8 +43,7 @@ def _write_study(drawn: Drawn, root: Path) -> dict:
         view = drawn.study.view if side == "frontal" else ""
         rows.append([f"{NAME}/{name}", sex, 20 + drawn.plan.patient % 70, side.capitalize(), view,
                      *(labels[label] for label in _ORDER)])  # fmt: skip
-    image_id = f"patient{drawn.plan.patient + 1:05d}/study{drawn.plan.study + 1}/view1_frontal"
-    return {"part": part, "rows": rows, "truth": drawn.truth(image_id)}
+    return {"part": part, "rows": rows, "truth": drawn.truth(f"{folder}/view1_frontal.jpg")}
 
 
 def _write_tables(root: Path, records: list[dict]) -> None:

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 from sista_pl.data.phantom.cohort import LAYOUTS, Drawn, Layout
 
 _SCALE = 4  # drawn larger and reduced, so that edges are soft
+_CONTRAST = 30  # of an object against the film under it, in gray values
+_TRIES = 20
 
 
 @LAYOUTS.register("object_cxr")
@@ -29,15 +31,24 @@ def _write_study(drawn: Drawn, root: Path) -> dict:
 
 
 def add_objects(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, list[int]]]]:
-    """Put up to four bright objects on a film (H, W); return it and (type, points) of each, in pixels."""
+    """Put up to four bright objects on a film (H, W); return it and (type, points) of each, in pixels.
+
+    An object lies where the film is darker than it, so that what is annotated can be seen.
+    """
     height, width = film.shape
-    layer = Image.new("L", (width * _SCALE, height * _SCALE))
+    layer, ground = Image.new("L", (width * _SCALE, height * _SCALE)), film.copy()
     draw, shapes = ImageDraw.Draw(layer), list[tuple[int, list[int]]]()
     for _ in range(int(rng.integers(1, 5)) if rng.random() < 0.5 else 0):
         kind = int(rng.integers(3))
         w, h = (max(4, int(side * rng.uniform(0.05, 0.14))) for side in (width, height))
-        x, y = int(rng.integers(width // 12, width - w - width // 12)), int(rng.integers(height // 12, height - h - 4))
         tone = int(rng.integers(150, 256))
+        for _ in range(_TRIES):
+            x = int(rng.integers(width // 12, width - w - width // 12))
+            y = int(rng.integers(height // 12, height - h - 4))
+            if np.percentile(ground[y : y + h, x : x + w], 90) < tone - _CONTRAST:
+                break
+        else:
+            continue
         corners = [x * _SCALE, y * _SCALE, (x + w) * _SCALE - 1, (y + h) * _SCALE - 1]
         if kind == 0:
             draw.rectangle(corners, fill=tone)
@@ -55,6 +66,7 @@ def add_objects(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
             points = [int(value) for pair in zip(xs, ys, strict=True) for value in pair]
             draw.polygon([value * _SCALE for value in points], fill=tone)
             shapes.append((2, points))
+        ground[y : y + h, x : x + w] = 255
     bright = np.asarray(layer.resize((width, height), Image.Resampling.BOX))
     return np.maximum(film, bright), shapes
 

@@ -78,7 +78,7 @@ def read_chexpert(
         uncertain: what -1 becomes in train and val: "competition" (Atelectasis, Edema and Pleural Effusion 1,
             Cardiomegaly and Consolidation 0, any other NaN), "unknown" (NaN), "ones" or "zeros".
         labels: "all" 14, or "competition", the five of the leaderboard.
-        views: "frontal", "lateral" or both; films of another view are left out and counted.
+        views: "frontal", "lateral" or both; films of another view are not read.
         blank: a blank cell says that the report does not mention the finding: "absent" takes it as 0, as the
             competition's protocol does, "unknown" as NaN.
         test: "valid" takes the 200 studies of `valid.csv`; "official" the 500 of `groundtruth.csv`, `test_labels.csv`
@@ -107,13 +107,9 @@ def read_chexpert(
     skipped: list[tuple[str, str]] = []
     versions: list[str] = []
     rows = _read_images(folder / "train.csv", "train", names, replaced, absent, skipped, versions)
-    if test == "valid" or (folder / "valid.csv").is_file():
-        valid = _read_images(folder / "valid.csv", "valid", names, {}, math.nan, skipped, versions)
-        if test == "valid":
-            rows += valid
-        else:
-            skipped += [(row.image_id, f"{row.source}: of the validation list; test is official") for row in valid]
-    if test == "official":
+    if test == "valid":
+        rows += _read_images(folder / "valid.csv", "valid", names, {}, math.nan, skipped, versions)
+    else:
         rows += _read_test(folder, names, skipped, versions)
     ids = pd.DataFrame({
         "image_id": [row.image_id for row in rows], "patient_id": [row.patient_id for row in rows],
@@ -122,11 +118,8 @@ def read_chexpert(
     kept = []
     for row, part, frontal in zip(rows, split_table(split, ids), ids["frontal"].tolist(), strict=True):
         row.split = part
-        view = "frontal" if frontal else "lateral"
-        if view in views:
+        if ("frontal" if frontal else "lateral") in views:
             kept.append(row)
-        else:
-            skipped.append((row.image_id, f"{row.source}: {view} film, views are {', '.join(views)}"))
     options: dict[str, Any] = {
         "split": split, "uncertain": uncertain, "labels": labels, "views": views, "blank": blank, "test": test,
         "split_sha256": split_hash([row.image_id for row in kept], [row.split for row in kept]),

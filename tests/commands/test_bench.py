@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from sista_pl.cli import main
 
 
@@ -29,3 +31,19 @@ def test_data_ratios(tmp_path, capsys):
     assert figures["ratios"]["store loader"]["median"] > 1
     assert 0 <= figures["mean_difference"] < 1
     assert "as fast as decoding in each epoch" in capsys.readouterr().out
+
+
+def test_probe_counts_the_passes_of_both_sides(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    options = ["--images", "200", "--image-size", "32", "--epochs", "2", "--json", str(path)]
+    assert main(["bench", "probe", *options]) == 0
+    figures = json.loads(path.read_text())
+    # each training and validation image once, against each in each epoch of each of the nine fits
+    assert figures["cached"]["passes"] < 200
+    train, val = 0.8 * 200, 0.1 * 200
+    expected = 2 * 3 * (1.11 * train + 3 * val)
+    assert figures["uncached"]["passes"] == pytest.approx(expected, rel=0.25)
+    assert figures["ratios"]["passes"] == figures["uncached"]["passes"] / figures["cached"]["passes"] > 3
+    assert figures["largest_difference"] < 1e-5
+    assert "times fewer passes" in capsys.readouterr().out
+    assert main(["bench", "probe", "--images", "50"]) == 2

@@ -17,6 +17,7 @@ _EPILOG = """\
 examples:
   sista bench step --image-encoder resnet10t --image-size 96 --batch-size 32 --rounds 5
   sista bench data --images 8 --size 256
+  sista bench probe --image-encoder resnet50 --image-size 224 --images 200
 """
 
 
@@ -35,6 +36,13 @@ def main(argv: list[str]) -> int:
     data.add_argument("--size", type=int, default=256, help="side of the stored images (default: %(default)s)")
     data.add_argument("--crop", type=int, default=224, help="side of the crop (default: %(default)s)")
     data.set_defaults(run=_bench_data)
+    probe = verbs.add_parser("probe", help="a linear probe on kept features, against one that encodes in each epoch")
+    probe.add_argument("--image-encoder", default="resnet10t", help="timm name (default: %(default)s)")
+    probe.add_argument("--image-size", type=int, default=96, help="side of the images in pixels (default: %(default)s)")
+    probe.add_argument("--images", type=int, default=300, help="films to draw (default: %(default)s)")
+    probe.add_argument("--epochs", type=int, default=10, help="of each of the nine fits (default: %(default)s)")
+    probe.set_defaults(run=_bench_probe, rounds=1)
+    probe.add_argument("--json", type=Path, help="also write the figures to this file")
     for verb in (step, data):
         verb.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up (default: %(default)s)")
         verb.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -101,6 +109,21 @@ def _bench_data(options: argparse.Namespace) -> dict[str, Any]:
           f"mean difference {facts['difference']:.2f} grey levels")  # fmt: skip
     print(f"store loader: {_told(ratios['store loader'])} as fast as decoding in each epoch")
     return {"images_per_second": rates, "ratios": ratios, "mean_difference": facts["difference"]}
+
+
+def _bench_probe(options: argparse.Namespace) -> dict[str, Any]:
+    from sista_pl.commands import bench_probe
+
+    if options.images < 200 or options.epochs < 1:
+        raise SistaError("bench: give at least 200 images, of which 1 % of the training ones has to have a finding")
+    found = bench_probe.compare(options.image_encoder, options.image_size, options.images, options.epochs)
+    for name in ("cached", "uncached"):
+        side = found[name]
+        print(f"{name:<9} {side['passes']:>9,} encoder passes  {side['seconds']:8.1f} s  for {side['fits']} fits")
+    ratios = found["ratios"]
+    print(f"kept features: {ratios['passes']:.1f} times fewer passes, {ratios['seconds']:.1f} times as fast; "
+          f"the layers differ by {found['largest_difference']:.1e} at most")  # fmt: skip
+    return found
 
 
 def _told(ratio: dict[str, Any]) -> str:

@@ -176,7 +176,12 @@ class PretrainTask(BaseTask):
             return {}
         manifest = self.trainer.datamodule.store.manifest
         patients = manifest["patient_id"].to_numpy()[ranks["sample"].numpy()]
-        figures = {}
+        hits = torch.stack([(ranks[way] <= k).float() for way in ("i2t", "t2i") for k in RANKS]).mean(0).numpy()
+        figures: dict[str, Any] = {
+            f"{stage}/R_mean": {
+                "value": float(hits.mean()), "interval95": bootstrap_interval(hits, patients), "n": len(hits),
+            }
+        }  # fmt: skip
         for way in ("i2t", "t2i"):
             for k in RANKS:
                 hit = (ranks[way] <= k).float().numpy()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sista_pl.errors import SistaError
 from sista_pl.metrics import Retrieval, best_ranks, bootstrap_interval, chance
 
 
@@ -80,3 +81,11 @@ def test_interval_widens_with_clusters_and_holds_the_mean():
     assert low < 0.5 < high
     clustered = bootstrap_interval(np.repeat(values[:20], 5), np.repeat(np.arange(20), 5))
     assert clustered[1] - clustered[0] > 1.5 * (high - low)
+
+
+def test_nan_embeddings_are_refused_and_never_first(pairs):
+    image, text, report, sample = pairs
+    metric = Retrieval(pool=100)
+    metric.update(torch.full_like(image, float("nan")), text, report, sample)
+    with pytest.raises(SistaError, match=r"embeddings are NaN; lower model\.lr"):
+        metric.compute()

@@ -51,8 +51,7 @@ def _tasks() -> list[tuple[str, str]]:
 
 
 def _configs() -> list[tuple[str, str]]:
-    root = packaged.folder()
-    return [(name, _first_comment(root / name)) for name in packaged.names()]
+    return [(name, _first_comment(path)) for name, path in packaged.files_by_name().items()]
 
 
 def _first_comment(path: Path) -> str:

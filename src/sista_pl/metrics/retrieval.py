@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from sista_pl.errors import SistaError
+
 RANKS = (1, 5, 10)
 
 
@@ -74,6 +76,8 @@ class Retrieval(Metric):
         keep = draw(len(sample), self.pool, self.seed).to(sample.device)
         image, text, report = image[keep], text[keep], report[keep]
         scores, positive = image @ text.T, report[:, None] == report[None]
+        if not scores.isfinite().all():  # every comparison with NaN is false: all pairs would be first
+            raise SistaError("the model's embeddings are NaN; lower model.lr, or set trainer.precision to 32-true")
         self.ranks = {"i2t": best_ranks(scores, positive).cpu(), "t2i": best_ranks(scores.T, positive).cpu(),
                       "sample": sample[keep].cpu()}  # fmt: skip
         figures: dict[str, Tensor] = {}

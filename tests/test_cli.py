@@ -153,3 +153,10 @@ def test_explain_is_always_one_line():
 def test_find_names_the_nearest():
     with pytest.raises(SistaError, match=r"did you mean method/clip\.yaml"):
         packaged.find("method/clipp")
+
+
+def test_an_option_before_its_configuration_says_so(capsys, workdir):
+    assert main(["fit", "--model.image_size", "64", "--config", "cls_rsna.yaml"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sista: ")]
+    assert len(told) == 1
+    assert "put --config before the options" in told[0]

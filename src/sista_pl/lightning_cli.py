@@ -77,8 +77,11 @@ def explain(message: str) -> str:
     if match := re.search(
         r"(?:Key|Option|Option name) '([^']+)' (?:is not expected|not found|is not accepted)", message
     ) or re.search(r"unrecognized arguments: --([^\s=]+)", message):
-        near = difflib.get_close_matches(match[1].rsplit(".", 1)[-1], _keys(), n=1)
+        last = match[1].rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(last, _keys(), n=1)
         told = f"did you mean {near[0]}?" if near else "`sista fit --help` lists the keys"
+        if near == [last]:  # known, but not of the class that is chosen where it stands
+            told = "it is of another class; put --config before the options, and see `sista fit --model.help CLASS`"
         return f"configuration: unknown key {match[1]!r}{_in(key)}; {told}"
     if match := re.search(r"Expected a dot import path string: ([\w.]+)", message) or re.search(
         r"(?:No module named|Import path|class_path:?) ['\"]?([\w.]+)", message

@@ -23,8 +23,8 @@ def _store(layout: str, studies: int, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def rsna_store(tmp_path_factory) -> Path:
-    """The prepared store of 161 studies in the layout of RSNA stage 2, at 64 px: 32 or 33 in its test split."""
-    return _store("rsna", 161, tmp_path_factory.mktemp("rsna"))
+    """The prepared store of 163 studies in the layout of RSNA stage 2, at 64 px: 33 of them in its test split."""
+    return _store("rsna", 163, tmp_path_factory.mktemp("rsna"))
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ class TransferTask(BaseTask):
 
     Args:
         losses: components by name, see `BaseTask`.
-        image_encoder: a timm name or `{name: …}`; null takes what `weights` holds.
+        image_encoder: a timm name, `hf:FOLDER_OR_HUB_ID` or `{name: …}`; null takes what `weights` holds.
         weights: pre-trained weights of the encoder: a checkpoint of `sista fit`, an exported folder, a timm or
             torchvision file, or `{path: FILE, prefix: backbone., preset: mgca | gloria}`; null starts at random.
         frozen: whether the encoder stays as it is, its batch statistics included.

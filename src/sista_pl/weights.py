@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from sista_pl.data.transforms import MEAN, STD
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS, ImageEncoder, TextEncoder
-from sista_pl.models.image import TimmEncoder
+from sista_pl.models.image import PREFIX, TimmEncoder
 from sista_pl.models.text import from_state
 
 
@@ -56,11 +55,20 @@ def load_encoder(path: str | Path) -> ImageEncoder:
     """
     checkpoint = read_checkpoint(path)
     spec, size = _hyper(checkpoint, path, "image_encoder"), checkpoint["hyper_parameters"].get("image_size", 224)
-    name, arguments = IMAGE_ENCODERS.split(spec)
+    name, arguments = IMAGE_ENCODERS.split(_without_folder(spec, checkpoint))
     arguments.pop("weights", None)  # they would be overwritten, and may need a hub
     encoder = IMAGE_ENCODERS.build({"name": name, **arguments}, image_size=size)
     _load(encoder, checkpoint["state_dict"], "image_encoder.", path)
     return encoder.eval()
+
+
+def _without_folder(spec: Any, checkpoint: Mapping[str, Any]) -> Any:
+    """Return the spec of the image encoder of a checkpoint, with the configuration of one of Hugging Face in it."""
+    state = checkpoint["state_dict"].get("image_encoder._extra_state")
+    name, arguments = IMAGE_ENCODERS.split(spec)
+    if name != "hf" or state is None:
+        return spec
+    return {"name": name, **arguments, "config": json.loads(bytes(state.cpu().numpy().tobytes()))}
 
 
 def load_text_encoder(path: str | Path) -> TextEncoder:
@@ -100,11 +108,12 @@ def _load(module: nn.Module, state: Mapping[str, Any], prefix: str, path: str | 
 
 
 # Where other projects keep the image encoder, as their key names say; tried on made-up keys only, no such file was at
-# hand. Prefixes in the order in which they are looked for.
+# hand. Prefixes in the order in which they are looked for. MRM's file needs none: timm's names under `model`.
 PRESETS = {
     "mgca": ("img_encoder_q.model.",),
     "gloria": ("gloria.img_encoder.model.", "img_encoder.model."),
 }
+_KEYS = ("path", "prefix", "preset", "minimum")
 _PREFIXES = ("image_encoder.model.", "image_encoder.", "backbone.", "visual.trunk.", "encoder.", "model.", "")
 
 
@@ -139,8 +148,8 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
     Args:
         encoder: which they are for.
         weights: a checkpoint of `sista fit`, a folder that it exported, a file of timm's or torchvision's keys
-            (`.safetensors`, `.pth`, `.bin`), or `{path: FILE, prefix: backbone., preset: mgca | gloria, minimum: 0.95}`
-            for a checkpoint of another project.
+            (`.safetensors`, `.pth`, `.bin`), or for a checkpoint of another project `{path: FILE, prefix: backbone.}`,
+            `{path: FILE, preset: mgca | gloria}`, each with `minimum: 0.95` where it should be another.
         minimum: share of the encoder that must be found.
 
     Raises:
@@ -148,14 +157,19 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
     """
     spec: dict[str, Any] = dict(weights) if isinstance(weights, Mapping) else {"path": weights}
     for key in spec:
-        if key not in ("path", "prefix", "preset", "minimum"):
-            raise SistaError(f"weights: no key {key!r}; {did_you_mean(key, ['path', 'prefix', 'preset', 'minimum'])}")
-    if "path" not in spec:
+        if key not in _KEYS:
+            raise SistaError(f"weights: no key {key!r}; {did_you_mean(str(key), _KEYS)}")
+    if not spec.get("path"):
         raise SistaError("weights: no path; write {path: FILE, prefix: backbone.}")
-    minimum = float(spec.get("minimum", minimum))
+    if "prefix" in spec and "preset" in spec:
+        raise SistaError("weights: prefix and preset, where a preset is a prefix by name; give one of them")
+    minimum = spec.get("minimum", minimum)
+    if isinstance(minimum, bool) or not isinstance(minimum, (int, float)) or not 0 <= minimum <= 1:
+        raise SistaError(f"weights: minimum is {minimum!r}; give a share from 0 to 1, as 0.95")
     path = Path(spec["path"])
     state = _tensors(path)
-    wanted = {k: v for k, v in encoder.state_dict().items() if isinstance(v, Tensor)}
+    own = encoder.state_dict()
+    wanted = {k: v for k, v in own.items() if isinstance(v, Tensor) and not k.endswith("_extra_state")}
     inner = _inner(encoder, wanted)
     candidates = _prefixes(spec)
     part = max(
@@ -163,7 +177,7 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
         key=lambda found: len(found.keys() & inner.keys()),
     )
     loaded: dict[str, Tensor] = {}
-    mismatched = []
+    matched, mismatched = [], []
     for name, target in inner.items():
         if name in part:
             fitted = _fitted(name, part[name], wanted[target], encoder)
@@ -171,6 +185,7 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
                 mismatched.append(name)
             else:
                 loaded[target] = fitted
+                matched.append(name)
     missing = sorted(name for name in inner if name not in part)
     # counters of batches are no weights: torchvision's files of old have none
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
@@ -180,7 +195,7 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
     share = min(found, sum(value.numel() for value in loaded.values()) / max(1, numbers))
     coverage = Coverage(
         str(path),
-        sorted(loaded),
+        sorted(matched),
         missing,
         sorted(part.keys() - inner.keys()),
         sorted(mismatched),
@@ -194,27 +209,31 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
     bad = [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise SistaError(f"weights: {path}: {bad[0]} has values that are not finite; take another checkpoint")
-    encoder.load_state_dict(wanted | loaded)
+    encoder.load_state_dict(own | loaded)
     return coverage
 
 
 def encoder_spec(weights: str | Path | Mapping[str, Any]) -> Any:
     """Return the image encoder's spec that a SISTA checkpoint or an exported folder holds, or None."""
-    path = Path(weights["path"] if isinstance(weights, Mapping) else weights)
+    path = Path((weights.get("path") or "") if isinstance(weights, Mapping) else weights)
     if path.is_dir():
-        return _architecture(path)
+        return _exported_spec(path)
     if path.suffix != ".ckpt":
         return None
     try:
-        return read_checkpoint(path)["hyper_parameters"].get("image_encoder")
+        checkpoint = read_checkpoint(path)
     except SistaError:
         return None
+    spec = checkpoint["hyper_parameters"].get("image_encoder")
+    return None if spec is None else _without_folder(spec, checkpoint)
 
 
 def encoder_hash(encoder: ImageEncoder) -> str:
-    """SHA-256 over an encoder's class, names, shapes and values."""
+    """SHA-256 over an encoder's class, the normalisation of its input, names, shapes and values."""
     digest = hashlib.sha256(f"{type(encoder).__module__}.{type(encoder).__qualname__}".encode())
     digest.update(str(getattr(encoder, "name", "")).encode())
+    if hasattr(encoder, "renormalise"):
+        digest.update(str((encoder.renormalise.mean, encoder.renormalise.std)).encode())
     for name, value in sorted(encoder.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -236,6 +255,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as why:
+        with file.open("rb") as opened:
+            if opened.read(2) not in (b"PK", b"\x80\x02"):  # torch.save's two forms
+                raise SistaError(f"weights: {file} is no file of torch.save; copy it again, whole") from None
         raise SistaError(
             f"weights: {file} holds more than tensors ({' '.join(str(why).split())[:80]}…); keep the tensors alone, "
             "where you trust it: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
@@ -245,8 +267,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "teacher", "params"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict):
-        raise SistaError(f"weights: {file} holds no named tensors; give a state dict")
+    if not isinstance(found, dict) or not any(isinstance(v, Tensor) for v in found.values()):
+        told = f"only {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) and found else "nothing"
+        raise SistaError(f"weights: {file} has no tensors by name ({told}); keep them alone: torch.save(state_dict, …)")
     return {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
 
 
@@ -255,7 +278,10 @@ def _prefixes(spec: Mapping[str, Any]) -> tuple[str, ...]:
         if spec["preset"] not in PRESETS:
             raise SistaError(f"weights: preset {spec['preset']!r}; {did_you_mean(str(spec['preset']), PRESETS)}")
         return PRESETS[spec["preset"]]
-    return (str(spec["prefix"]),) if "prefix" in spec else _PREFIXES
+    if "prefix" in spec:
+        prefix = str(spec["prefix"] or "").rstrip(".")
+        return (f"{prefix}." if prefix else "",)
+    return _PREFIXES
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -279,7 +305,9 @@ def _fitted(name: str, value: Tensor, target: Tensor, encoder: ImageEncoder) -> 
         if (value.shape[1], target.shape[1]) == (1, 3):
             return (value / 3).expand(-1, 3, -1, -1).to(target.dtype).contiguous()
     if name.endswith("pos_embed") and value.ndim == 3 == target.ndim and value.shape[2] == target.shape[2]:
-        prefix = getattr(getattr(encoder, "model", encoder), "num_prefix_tokens", 1)
+        model = getattr(encoder, "model", encoder)
+        # some models add class and registers after the positions
+        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
         grid = round((target.shape[1] - prefix) ** 0.5)
         if prefix + grid * grid == target.shape[1]:
             return resample_abs_pos_embed(value, [grid, grid], num_prefix_tokens=prefix).to(target.dtype)
@@ -287,19 +315,23 @@ def _fitted(name: str, value: Tensor, target: Tensor, encoder: ImageEncoder) -> 
 
 
 def _architecture(path: Path) -> str | None:
-    """Return what a checkpoint or an exported folder says that it holds."""
-    if path.is_dir():
-        try:
-            return json.loads((path / "config.json").read_text()).get("architecture")
-        except (OSError, ValueError):
-            return None
-    if path.suffix != ".ckpt":
+    """Return what a checkpoint or an exported folder says that it holds, as the configuration would have it."""
+    spec = encoder_spec(path)
+    if spec is None:
         return None
+    name, arguments = IMAGE_ENCODERS.split(spec)
+    return f"{PREFIX}{arguments.get('path', '')}" if name == "hf" else name
+
+
+def _exported_spec(folder: Path) -> dict[str, Any] | None:
+    """Return the spec of what `export_timm` wrote."""
     try:
-        spec = read_checkpoint(path)["hyper_parameters"].get("image_encoder")
-    except SistaError:
+        config = json.loads((folder / "config.json").read_text())
+        pretrained = config["pretrained_cfg"]
+        return {"name": config["architecture"], "in_chans": pretrained["input_size"][0],
+                "mean": pretrained["mean"], "std": pretrained["std"]}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    return spec if isinstance(spec, str) else None if spec is None else str(spec.get("name"))
 
 
 def export_timm(encoder: ImageEncoder, folder: Path, image_size: int) -> Path | None:
@@ -319,7 +351,7 @@ def export_timm(encoder: ImageEncoder, folder: Path, image_size: int) -> Path | 
     config = {
         "architecture": encoder.name, "num_classes": 0, "num_features": encoder.dim,
         "pretrained_cfg": {"input_size": [encoder.in_chans, image_size, image_size],
-                           "mean": [MEAN] * encoder.in_chans, "std": [STD] * encoder.in_chans},
+                           "mean": encoder.renormalise.mean, "std": encoder.renormalise.std},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(folder / "model.safetensors")

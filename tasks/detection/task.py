@@ -20,6 +20,7 @@ from torch import Tensor
 from sista_pl.data.images import unfit_boxes
 from sista_pl.errors import SistaError
 from sista_pl.metrics.detection import Detection
+from sista_pl.models.image import freeze_unreached
 from sista_pl.predictions import Predicted
 from sista_pl.task import Step
 from sista_pl.transfer import TransferTask
@@ -73,6 +74,7 @@ class DetectionTask(TransferTask):
         self.detector = DETECTORS.build(
             self.detector_spec, encoder=self.image_encoder, num_classes=self.num_classes, image_size=self.image_size
         )
+        freeze_unreached(self.image_encoder, self.image_size)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

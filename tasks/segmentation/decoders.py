@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sista_pl.errors import SistaError
 from sista_pl.models import ImageEncoder
-from sista_pl.models.pyramid import aligned
+from sista_pl.models.pyramid import aligned, stride_of
 from sista_pl.registry import Registry
 
 DECODERS = Registry("decoder")
@@ -46,77 +46,120 @@ def pyramid_channels(encoder: ImageEncoder, name: str) -> list[int]:
     """Return the channels at the strides 1 … 32, 0 where the encoder has no map.
 
     Raises:
-        SistaError: an encoder of one stride, a vision transformer.
+        SistaError: an encoder of one stride, as a vision transformer.
     """
     by_stride = dict(zip(encoder.strides, encoder.channels, strict=True))
     if len(by_stride) < 4:
-        raise SistaError(
-            f"decoder {name!r}: the encoder has maps of one stride, as a ViT; use `decoder: dpt` or setr_pup"
-        )
+        step = "use `decoder: dpt` or setr_pup" if encoder.has_tokens else "choose another encoder"
+        raise SistaError(f"decoder {name!r}: the encoder has maps of one stride, as a ViT; {step}")
     return [by_stride.get(stride, 0) for stride in STRIDES]
+
+
+def _check_channels(name: str, channels: Sequence[int]) -> None:
+    right = isinstance(channels, Sequence) and all(isinstance(c, int) and c > 0 for c in channels)
+    if not right or len(channels) != 5:
+        raise SistaError(f"decoder {name!r}: channels is {channels}; give 5 numbers, of the strides 16 to 1")
+
+
+def _check_size(name: str, image_size: int) -> None:
+    if image_size % STRIDES[-1]:
+        raise SistaError(
+            f"decoder {name!r}: image_size is {image_size}, its maps double from stride 32; give a multiple of 32, or "
+            "`decoder: unet`"
+        )
 
 
 @DECODERS.register("unet")
 def unet(encoder: ImageEncoder, channels: Sequence[int] = (256, 128, 64, 32, 16)) -> PyramidDecoder:
     """U-Net, for convolutional encoders."""
+    _check_channels("unet", channels)
     decoder = UnetDecoder(pyramid_channels(encoder, "unet"), list(channels), n_blocks=5)
     return PyramidDecoder(decoder, channels[-1], 1)
 
 
 @DECODERS.register("unetplusplus")
-def unetplusplus(encoder: ImageEncoder, channels: Sequence[int] = (256, 128, 64, 32, 16)) -> PyramidDecoder:
-    """U-Net++, for convolutional encoders with a map of stride 2."""
+def unetplusplus(
+    encoder: ImageEncoder, image_size: int, channels: Sequence[int] = (256, 128, 64, 32, 16)
+) -> PyramidDecoder:
+    """U-Net++, for convolutional encoders with a map of stride 2 and inputs of a multiple of 32 pixels."""
     found = pyramid_channels(encoder, "unetplusplus")
+    _check_channels("unetplusplus", channels)
+    _check_size("unetplusplus", image_size)
     if 0 in found:
         raise SistaError("decoder 'unetplusplus': the encoder has no map of stride 2; use `decoder: unet` or fpn")
     return PyramidDecoder(UnetPlusPlusDecoder(found, list(channels), n_blocks=5), channels[-1], 1)
 
 
 @DECODERS.register("fpn")
-def fpn(encoder: ImageEncoder, channels: int = 128, dropout: float = 0.1) -> PyramidDecoder:
-    """Feature pyramid network, for convolutional encoders: light, coarse to a quarter of the input."""
-    decoder = FPNDecoder(pyramid_channels(encoder, "fpn"), 5, 2 * channels, channels, dropout)
+def fpn(encoder: ImageEncoder, image_size: int, channels: int = 128, dropout: float = 0.1) -> PyramidDecoder:
+    """Feature pyramid network, for convolutional encoders and inputs of a multiple of 32 pixels; light and coarse."""
+    found = pyramid_channels(encoder, "fpn")
+    _check_size("fpn", image_size)
+    if not isinstance(channels, int) or channels < 32 or channels % 32:
+        raise SistaError(f"decoder 'fpn': channels is {channels!r}; give a multiple of 32, the groups of its norms")
+    decoder = FPNDecoder(found, 5, 2 * channels, channels, dropout)
     return PyramidDecoder(decoder, channels, 4)
 
 
 class TokenDecoder(nn.Module):
-    """A decoder over the token maps of a vision transformer's blocks."""
+    """A decoder over the token maps of a vision transformer's blocks.
 
-    def __init__(self, decoder: nn.Module, head: nn.Module):
+    Args:
+        decoder: takes the maps and their prefix tokens.
+        head: from the decoder's map to logits.
+        multiple: of which the maps' sides have to be, so that what the decoder halves doubles to the same again.
+    """
+
+    def __init__(self, decoder: nn.Module, head: nn.Module, multiple: int):
         super().__init__()
-        self.decoder, self.head = decoder, head
+        self.decoder, self.head, self.multiple = decoder, head, multiple
 
     def forward(self, encoder: ImageEncoder, image: Tensor) -> Tensor:
         """(B, 1, H, W) → logits (B, 1, H', W')."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder)):
-            found = tokens_of(encoder, "dpt")(image)
-        maps, prefixes = [m for m, _ in found], [p if p.shape[1] else None for _, p in found]
+            found = encoder.tokens(image)
+        maps, prefixes = [self._even(m) for m, _ in found], [p if p.shape[1] else None for _, p in found]
         return self.head(self.decoder(maps, prefixes))
 
+    def _even(self, tokens: Tensor) -> Tensor:
+        size = [-(-side // self.multiple) * self.multiple for side in tokens.shape[-2:]]
+        if size == list(tokens.shape[-2:]):
+            return tokens
+        return nn.functional.interpolate(tokens, size, mode="bilinear", align_corners=False)
 
-def tokens_of(encoder: ImageEncoder, name: str):
-    """Return the encoder's `tokens`.
+
+def check_tokens(encoder: ImageEncoder, name: str) -> None:
+    """Refuse a convolutional encoder.
 
     Raises:
-        SistaError: a convolutional encoder, which has none.
+        SistaError: the encoder has no tokens.
     """
-    if not getattr(encoder, "has_tokens", hasattr(encoder, "tokens")):
+    if not encoder.has_tokens:
         raise SistaError(f"decoder {name!r}: for vision transformers; use `decoder: unet` on a convolutional encoder")
-    return encoder.tokens
 
 
 @DECODERS.register("dpt")
-def dpt(encoder: ImageEncoder, intermediate: Sequence[int] = (96, 192, 384, 384), fusion: int = 128) -> TokenDecoder:
-    """Dense prediction transformer, for vision transformers."""
+def dpt(
+    encoder: ImageEncoder, image_size: int, intermediate: Sequence[int] = (96, 192, 384, 384), fusion: int = 128
+) -> TokenDecoder:
+    """Dense prediction transformer, for vision transformers of four blocks or more."""
+    check_tokens(encoder, "dpt")
     with torch.no_grad():
-        size = getattr(encoder, "image_size", 64)
-        found = tokens_of(encoder, "dpt")(torch.zeros(1, 1, size, size))
+        found = encoder.tokens(torch.zeros(1, 1, image_size, image_size))
+    if len(found) != len(intermediate):
+        raise SistaError(
+            f"decoder 'dpt': {len(found)} maps of the encoder for {len(intermediate)} channels; give `intermediate` "
+            "as many"
+        )
     prefix = found[0][1].shape[1] > 0
+    # its scales are powers of two; a patch of 14 is taken for 16, the task brings the logits to the input's size
+    stride = stride_of(torch.zeros(1, 1, image_size, image_size), found[0][0])
     decoder = DPTDecoder(
-        [m.shape[1] for m, _ in found], [encoder.strides[-1]] * len(found), prefix, "cat" if prefix else "ignore",
+        [m.shape[1] for m, _ in found], [stride] * len(found), prefix, "cat" if prefix else "ignore",
         list(intermediate), fusion,
     )  # fmt: skip
-    return TokenDecoder(decoder, SegmentationHead(fusion, 1, upsampling=2))
+    multiple = max(1, 2 ** (len(found) + 1) // stride)
+    return TokenDecoder(decoder, SegmentationHead(fusion, 1, upsampling=2), multiple)
 
 
 class SetrPup(nn.Module):
@@ -133,6 +176,7 @@ class SetrPup(nn.Module):
         self.blocks, self.head = nn.Sequential(*blocks), nn.Conv2d(channels, 1, 1)
 
     def forward(self, encoder: ImageEncoder, image: Tensor) -> Tensor:
+        """(B, 1, H, W) → logits (B, 1, 16 h, 16 w) of h × w tokens."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder)):
             last = encoder.pyramid(image)[-1]
         return self.head(self.blocks(last))
@@ -141,4 +185,5 @@ class SetrPup(nn.Module):
 @DECODERS.register("setr_pup")
 def setr_pup(encoder: ImageEncoder, channels: int = 256) -> SetrPup:
     """SETR's progressive upsampling, for vision transformers."""
+    check_tokens(encoder, "setr_pup")
     return SetrPup(encoder.channels[-1], channels)

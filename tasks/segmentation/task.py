@@ -17,7 +17,9 @@ from torch import Tensor
 
 from sista_pl.data.images import unfit_mask
 from sista_pl.data.masks import encode_rle
+from sista_pl.errors import SistaError
 from sista_pl.metrics.segmentation import Segmentation
+from sista_pl.models.image import freeze_unreached
 from sista_pl.predictions import Predicted
 from sista_pl.task import Step
 from sista_pl.transfer import TransferTask
@@ -49,7 +51,8 @@ class SegmentationTask(TransferTask):
         self.build()
 
     def configure_head(self) -> None:
-        self.decoder = DECODERS.build(self.decoder_spec, encoder=self.image_encoder)
+        self.decoder = DECODERS.build(self.decoder_spec, encoder=self.image_encoder, image_size=self.image_size)
+        freeze_unreached(self.image_encoder, self.image_size)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Return logits (B, 1, H, W) of the input's size."""
@@ -111,7 +114,9 @@ class SegmentationTask(TransferTask):
         draw_cases(self, found, folder / "cases.png", notice)
 
     def predict_step(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
-        scores = self(batch)[:, 0].float().sigmoid().cpu() if len(batch["index"]) else batch["image"][:, 0]
+        scores = self(batch)[:, 0].float().sigmoid().cpu() if len(batch["index"]) else batch["image"][:, 0].cpu()
+        if scores.isnan().any():
+            raise SistaError("predict: the model predicts NaN; set trainer.precision to 32-true, or train it again")
         found = {"index": batch["index"].cpu(), "scores": scores, "bad": batch.get("bad", [])}
         return found | ({"original_size": batch["original_size"].cpu()} if "original_size" in batch else {})
 

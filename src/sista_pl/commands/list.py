@@ -85,6 +85,7 @@ def _encoders(match: str) -> list[tuple[str, str]]:
     return [
         *rows,
         ("any timm model", "image: by its name, as resnet50; `sista list encoders --match vit_small` searches"),
+        ("hf:FOLDER_OR_HUB_ID", "image: RAD-DINO, SigLIP, CLIP, ViT, BiomedCLIP and their like"),
         ("any Hugging Face encoder", "text: by hub id or local folder"),
     ]
 

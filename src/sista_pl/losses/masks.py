@@ -10,18 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from sista_pl.data.images import IGNORE
+from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
 from sista_pl.losses.arguments import number
 
 
-def binary_target(mask: Tensor) -> Tensor:
-    """(B, H, W) uint8 → (B, 1, H, W) float: 0 background, 1 object, 127 ignore."""
+def binary_target(logits: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, W) uint8 → (B, 1, H, W) float: 0 background, 1 object, 127 ignore.
+
+    Raises:
+        SistaError: a mask of another size than the logits.
+    """
+    if logits.shape != mask[:, None].shape:
+        raise SistaError(
+            f"mask: of {tuple(mask.shape)}, the logits of {tuple(logits.shape)}; bring the logits to the mask's size"
+        )
     return torch.where(mask == 255, 1, mask)[:, None].float()
 
 
 @LOSSES.register("dice_bce")
 class DiceBCE(nn.Module):
-    """Soft Dice of the batch's object pixels plus binary cross-entropy of every pixel that is not to be ignored.
+    """1 - soft Dice of the batch's object pixels, plus binary cross-entropy, the mean over all pixels of the batch.
+
+    Pixels to be ignored count in neither. Without an object in the batch the Dice term is 0.
 
     Args:
         dice: weight of the Dice term, in [0, 1]; the cross-entropy has the rest.
@@ -37,7 +48,7 @@ class DiceBCE(nn.Module):
 
     def forward(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: logits (B, 1, H, W), mask (B, H, W)."""
-        logits, target = logits.float(), binary_target(mask)
+        logits, target = logits.float(), binary_target(logits, mask)
         # its own mean would divide by the ignored pixels too
         bce = self.bce(logits, target).sum() / (target != IGNORE).sum().clamp(min=1)
         dice = self.dice(logits, target)
@@ -47,6 +58,8 @@ class DiceBCE(nn.Module):
 @LOSSES.register("focal_logdice")
 class FocalLogDice(nn.Module):
     """10 · focal loss (γ = 2) - log(soft Dice), what MGCA trains its U-Net with.
+
+    The focal loss is the mean over all pixels of the batch; Dice is of the batch's object pixels, 0 where it has none.
 
     Args:
         focal: weight of the focal term.
@@ -65,8 +78,8 @@ class FocalLogDice(nn.Module):
 
     def forward(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: logits (B, 1, H, W), mask (B, H, W)."""
-        logits, target = logits.float(), binary_target(mask)
-        if not (target != IGNORE).any():
-            return logits.sum() * 0, {}
-        focal, dice = self.focal(logits, target), self.dice(logits, target)
+        logits, target = logits.float(), binary_target(logits, mask)
+        # the mean over no pixel would be NaN
+        focal = self.focal(logits, target) if (target != IGNORE).any() else logits.sum() * 0
+        dice = self.dice(logits, target)
         return self.weight * focal + dice, {"focal": focal.detach(), "logdice": dice.detach()}

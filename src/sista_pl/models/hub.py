@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlparse
 
 
@@ -32,3 +33,17 @@ def offline_where_unreachable() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def fetch(source: str, name: str) -> Path | None:
+    """Return a file of a local folder or of a hub repository, or None where it has none or can't be reached."""
+    if Path(source).is_dir():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with offline_where_unreachable():
+            return Path(hf_hub_download(source, name))
+    except (OSError, ValueError):  # no such file, no such repository, not reached; no name of a repository
+        return None

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-all lint format bench docker clean
+.PHONY: help demo test test-slow test-all lint format bench docker clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,10 @@ demo: $(BIN)/.ready  ## draw a phantom, pre-train SISTA on it, and CLIP beside i
 test: $(BIN)/.ready  ## the default tests, under three minutes on two cores
 	$(PYTEST) -n 2
 
-test-all: $(BIN)/.ready  ## every test, every configuration through fit and test, with coverage
+test-slow: $(BIN)/.ready  ## the slow ones alone: every configuration through fit and test, kills, two processes
+	$(PYTEST) -n 2 -m "slow and not gpu"
+
+test-all: $(BIN)/.ready  ## all of them, with coverage
 	$(BIN)/python -m coverage erase
 	$(PYTEST) -n 2 -m "not gpu" --cov --cov-report=term
 

@@ -1,5 +1,8 @@
 """Nothing leaves for another machine unless it is allowed."""
 
+import subprocess
+import sys
+
 import pytest
 
 from sista_pl import tracking
@@ -40,3 +43,22 @@ def test_a_run_with_a_remote_tracker_stops_before_anything_is_written(capsys, wo
     error = capsys.readouterr().err
     assert "is not on this machine" in error
     assert not (workdir / "runs").exists()
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_make_one_store(workdir):
+    code = "from sista_pl.tracking import open_store; open_store('sqlite:///new/mlflow.db', 'mine')"
+    started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    told = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], told
+    from mlflow.tracking import MlflowClient
+
+    names = [found.name for found in MlflowClient("sqlite:///new/mlflow.db").search_experiments()]
+    assert names.count("mine") == 1
+
+
+def test_a_store_that_cannot_be_written_is_one_line(workdir):
+    (workdir / "file").write_text("")
+    with pytest.raises(SistaError, match=r"can't be written .*; set MLFLOW_TRACKING_URI"):
+        tracking.open_store("sqlite:///file/mlflow.db", "mine")
+    tracking.open_store("http://127.0.0.1:5000", "mine")  # a server makes its own

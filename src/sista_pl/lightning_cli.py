@@ -26,7 +26,7 @@ from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its
 from sista_pl.data.transfer import TransferDataModule  # noqa: F401
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.task import BaseTask
-from sista_pl.tracking import check_destination
+from sista_pl.tracking import check_destination, open_store
 
 LOGGER = {
     "class_path": "pytorch_lightning.loggers.MLFlowLogger",
@@ -194,6 +194,8 @@ class SistaCLI(LightningCLI):
             logger.init_args.run_id = path.read_text().strip()
         elif logger.init_args.get("run_name") is None:
             logger.init_args.run_name = self.run_name
+        place = logger.init_args
+        open_store(place.tracking_uri, place.experiment_name, place.get("artifact_location"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]

@@ -53,6 +53,30 @@ def check_destination(uri: str, privacy: str) -> None:
         )
 
 
+def open_store(uri: str, experiment: str, artifacts: str | None = None) -> None:
+    """Make the tables of a sqlite store and its experiment, one process at a time.
+
+    MLflow makes them when it first opens the file; two runs that start together would both try, and one would fail.
+    """
+    parts = urlparse(str(uri))
+    if parts.scheme != "sqlite" or not parts.path.strip("/"):
+        return
+    import fcntl
+
+    from mlflow.tracking import MlflowClient
+
+    file = Path(parts.path.removeprefix("/"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.with_name(f"{file.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(uri)
+            if client.get_experiment_by_name(experiment) is None:
+                client.create_experiment(experiment, artifacts)
+    except OSError as why:
+        raise SistaError(f"tracking: {uri} can't be written ({why.strerror}); set MLFLOW_TRACKING_URI") from why
+
+
 def publish(trainer: Trainer, path: Path, folder: str = "") -> None:
     """Send a file to the run's MLflow artifacts; the only door through which a picture, text or table leaves."""
     logger = trainer.logger

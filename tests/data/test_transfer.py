@@ -241,3 +241,21 @@ def test_folds_cover_the_images_once_and_cut_no_patient(store):
 def test_a_fold_that_is_none(store, fold):
     with pytest.raises(SistaError, match="of five folds the first is 0/5"):
         module(store, fold=fold)
+
+
+def test_few_images_are_repeated_and_each_time_augmented_anew(store):
+    data = module(store, target="mask", rotate=20, label_fraction=0.3, min_epoch_images=20)
+    few = data.rows["train"]
+    assert len(few) < 10
+    batches = list(data.train_dataloader())
+    seen = np.concatenate([batch["index"].numpy() for batch in batches])
+    assert len(seen) == 20
+    assert set(seen) == set(few.tolist())
+    assert np.ptp(np.bincount(seen)[few]) <= 1
+    images = torch.cat([batch["image"] for batch in batches])
+    first, second = np.flatnonzero(seen == few[0])[:2]
+    assert not torch.equal(images[first], images[second])
+    assert sum(len(batch["index"]) for batch in data.val_dataloader()) == len(data.rows["val"])
+    # a training set that is long enough is left as it is
+    whole = module(store, target="mask", min_epoch_images=10)
+    assert sum(len(batch["index"]) for batch in whole.train_dataloader()) == len(whole.rows["train"]) // 4 * 4

@@ -13,7 +13,7 @@ SMALL = [
     "--data.phantom", "{studies: 400, seed: 5, size: 64, workers: 1}", "--data.size", "64", "--data.crop", "64",
     "--data.batch_size", "8", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false",
     "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true",
-    "--data.root", "raw", "--data.store", "store",
+    "--data.root", "raw", "--data.store", "store", "--data.min_epoch_images", "0",
 ]  # fmt: skip
 
 

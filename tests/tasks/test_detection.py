@@ -33,6 +33,7 @@ def det(rsna_store) -> list[str]:
     return [
         "--config", "det_rsna.yaml", "--data.root", "null", "--data.format", "null", "--data.phantom", "null",
         "--data.size", "64", "--data.crop", "64", "--data.batch_size", "8", "--data.store", str(rsna_store),
+        "--data.min_epoch_images", "0",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
         "--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_epochs", "1",
         "--trainer.logger", "false", "--model.draws", "20", "--model.detector", SMALL,

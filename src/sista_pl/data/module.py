@@ -160,9 +160,13 @@ class BaseDataModule(LightningDataModule):
         """Name and SHA-256 of the rule that split the images, for checkpoint, tracker and metrics.json."""
         return dict(self.store.info["split"])
 
+    def epoch_rows(self, split: str, train: bool) -> np.ndarray:
+        """Return the rows of the store that an epoch goes through, in any order."""
+        return self.rows[split]
+
     def _loader(self, split: str, train: bool) -> ResumableLoader:
         transform = transforms.build(self.size, self.crop, train, self.rotate, self.contrast)
-        rows, world = self.rows[split], distributed.world_size()
+        rows, world = self.epoch_rows(split, train), distributed.world_size()
         size = self.batch_size if self.least_batch > 1 else max(1, min(self.batch_size, len(rows) // world))
         sampler = EpochSampler(rows, size, train, self.seed, distributed.rank(), world)
         return ResumableLoader(

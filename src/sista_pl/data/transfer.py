@@ -137,6 +137,8 @@ class TransferDataModule(BaseDataModule):
         fold: cross-validation in place of the release's split: `0/5` tests on the first of five folds of whole
             patients, validates on the next and trains on the rest; `1/5` … `4/5` are the others.
         fold_seed: another seed, other folds.
+        min_epoch_images: a training set of fewer images is repeated within an epoch, each time augmented anew, so that
+            few labels get as many steps as all of them.
         balance: keep as many training images without the target as there are with it (MGCA's SIIM protocol).
         inputs: of `sista predict`: a folder (searched through) or a CSV with a column `image` (or `path`).
         kwargs: see `BaseDataModule`.
@@ -155,6 +157,7 @@ class TransferDataModule(BaseDataModule):
         fraction_seed: int = 0,
         fold: str | None = None,
         fold_seed: int = 0,
+        min_epoch_images: int = 0,
         balance: bool = False,
         inputs: str | Path | None = None,
         **kwargs: Any,
@@ -167,7 +170,7 @@ class TransferDataModule(BaseDataModule):
         self.target, self.wanted_labels, self.wanted_categories = target, labels, categories
         self.masks_from_boxes, self.label_fraction, self.fraction_seed = masks_from_boxes, label_fraction, fraction_seed
         self.fold = None if fold is None else _fold(fold)
-        self.fold_seed = fold_seed
+        self.fold_seed, self.min_epoch_images = fold_seed, min_epoch_images
         self.balance, self.inputs = balance, None if inputs is None else Path(inputs)
         self.classes: list[str] = []  # names of the K labels or box categories
         self.labels = np.zeros((0, 0), np.float32)  # (rows of the store, K)
@@ -279,6 +282,10 @@ class TransferDataModule(BaseDataModule):
     def _loader(self, split: str, train: bool):
         self.dataset_class = lambda store, transform, random: TransferDataset(store, transform, random, self)
         return super()._loader(split, train)
+
+    def epoch_rows(self, split: str, train: bool) -> np.ndarray:
+        rows = super().epoch_rows(split, train)
+        return np.resize(rows, self.min_epoch_images) if train and 0 < len(rows) < self.min_epoch_images else rows
 
     def predict_dataloader(self) -> DataLoader:
         if self.inputs is None:

@@ -6,8 +6,9 @@ import pytest
 
 COMMON = [
     "--data.root", "null", "--data.format", "null", "--data.phantom", "null", "--data.size", "64", "--data.crop", "64",
-    "--data.batch_size", "8", "--data.min_epoch_images", "0",
-    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.draws", "100",
+    "--data.batch_size", "8", "--data.min_epoch_images", "0", "--trainer.enable_progress_bar", "false",
+    "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true",
+    "--model.draws", "100",
 ]  # fmt: skip
 
 

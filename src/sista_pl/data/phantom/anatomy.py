@@ -224,10 +224,11 @@ class Scene:
         thorax: (H, W) 0 … 1 lung with what lies behind heart and mediastinum.
         heart: (H, W) 0 … 1.
         markings: (H, W) factor on the vessels, which a lesion may wipe out.
+        contrast: factor on the contrast of every lesion.
     """
 
-    def __init__(self, study: Study, anatomy: Anatomy, frame: Frame):
-        self.study, self.anatomy, self.frame = study, anatomy, frame
+    def __init__(self, study: Study, anatomy: Anatomy, frame: Frame, contrast: float = 1.0):
+        self.study, self.anatomy, self.frame, self.contrast = study, anatomy, frame, contrast
         a, x, y = anatomy, frame.x, frame.y
         side = np.abs(x)
         wall = frame.lookup(a.wall())

@@ -28,7 +28,7 @@ from sista_pl.data.phantom.study import Patient, Study, draw_patient, draw_study
 from sista_pl.errors import SistaError
 from sista_pl.registry import Registry
 
-PHANTOM_VERSION = "1.1"
+PHANTOM_VERSION = "1.2"
 NOTICE = "PHANTOM DATA: drawn by a program, no patient"
 REAL_NOTICE = "PHANTOM DATA: films drawn by a program, no patient's; the reports are real ones"
 # Patient-disjoint and even from the first patients on: the golden ratio spreads patients over [0, 1).
@@ -144,12 +144,14 @@ class Layout:
             and touches nothing else. A function of a module, so that it can be sent there.
         write_tables: (root, records) → writes the tables of the release; records come in the order of the cohort.
         aspect: False leaves the film square, where a release has only square ones.
+        contrast: factor on that of every lesion.
         single: True gives each patient one study, where a release does not tell which studies are of one.
     """
 
     write_study: Callable[[Drawn, Path], dict[str, Any]]
     write_tables: Callable[[Path, list[dict[str, Any]]], None]
     aspect: bool = True
+    contrast: float = 1.0
     single: bool = False
 
 
@@ -159,7 +161,9 @@ def phantom_study(seed: int, patient: int, study: int) -> Study:
     return draw_study(np.random.default_rng([seed, patient, study + 1, 0]), person)
 
 
-def draw(plan: Plan, seed: int, size: int, aspect: bool = True, real: TaggedReport | None = None) -> Drawn:
+def draw(
+    plan: Plan, seed: int, size: int, aspect: bool = True, real: TaggedReport | None = None, contrast: float = 1.0
+) -> Drawn:
     """Draw the study of a plan: a pure function of (seed, patient, study, size), and of the real report, if any."""
     key = [seed, plan.patient, plan.study + 1]
     words, pixels, extra = (np.random.default_rng([*key, n]) for n in (1, 2, 3))
@@ -170,7 +174,7 @@ def draw(plan: Plan, seed: int, size: int, aspect: bool = True, real: TaggedRepo
         tagged = findings_from_mesh(real.tags)
         study = study_from_mesh(tagged, seed, plan.patient)
         report = Report(real.findings, real.impression, tagged.states)
-    film = render(study, size, pixels)
+    film = render(study, size, pixels, contrast)
     return Drawn(seed, plan, study, report, _crop(film, pixels) if aspect else film, words, extra, size, real)
 
 
@@ -293,7 +297,7 @@ def _draw_all(
 
 
 def _draw_one(plan: Plan, real: TaggedReport | None, form: Layout, root: Path, seed: int, size: int) -> dict:
-    return form.write_study(draw(plan, seed, size, form.aspect, real), root)
+    return form.write_study(draw(plan, seed, size, form.aspect, real, form.contrast), root)
 
 
 def _crop(rendering: Rendering, rng: np.random.Generator) -> Rendering:

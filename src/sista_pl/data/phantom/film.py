@@ -49,13 +49,14 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
 
 
-def render(study: Study, size: int, rng: np.random.Generator) -> Rendering:
+def render(study: Study, size: int, rng: np.random.Generator, contrast: float = 1.0) -> Rendering:
     """Draw the frontal film of a study.
 
     Args:
         study: what to draw.
         size: H = W in pixels.
         rng: pose, breath, texture, noise. The patient's anatomy comes from their own seed.
+        contrast: factor on that of every lesion.
     """
     # A stream for each part, so that the same film with and without a finding differs in nothing else.
     pose, lesions, branches, wires, exposure = (np.random.default_rng(key) for key in rng.integers(2**63, size=5))
@@ -63,7 +64,7 @@ def render(study: Study, size: int, rng: np.random.Generator) -> Rendering:
     scale = 1.02 * float(np.exp(knobs.POSE_SCALE * pose.standard_normal()))
     shift = tuple(knobs.POSE_SHIFT * pose.standard_normal(2) + (0.0, 0.06))
     frame = Frame(size, scale, knobs.POSE_ANGLE * float(pose.standard_normal()), shift)
-    scene = Scene(study, anatomy, frame)
+    scene = Scene(study, anatomy, frame, contrast)
     masks = {"lungs": scene.lungs > 0.5, "heart": scene.heart > 0.5}
     boxes = []
     for index, finding in enumerate(study.findings):

@@ -42,8 +42,8 @@ def paint(scene: Scene, finding: Finding, rng: np.random.Generator) -> dict[str,
     return masks
 
 
-def _contrast(kind: str) -> float:
-    return knobs.CONTRAST[kind] * knobs.LESION_CONTRAST
+def _contrast(scene: Scene, kind: str) -> float:
+    return knobs.CONTRAST[kind] * knobs.LESION_CONTRAST * scene.contrast
 
 
 def _half(scene: Scene, side: str) -> np.ndarray:
@@ -69,7 +69,7 @@ def _patch(scene: Scene, finding: Finding, side: str, rng: np.random.Generator) 
     rough = {"opacity": 0.35, "pneumonia": 0.7, "consolidation": 0.45}[finding.kind]
     cells = max(4, scene.frame.size // 16) if finding.kind != "opacity" else 14
     texture = np.clip(1 + rough * cloud(rng, scene.frame.size, cells), 0.1, 2)
-    added = np.clip(shape * texture, 0, 1.2) * scene.lungs * np.float32(_contrast(finding.kind))
+    added = np.clip(shape * texture, 0, 1.2) * scene.lungs * np.float32(_contrast(scene, finding.kind))
     scene.mu += added
     return added
 
@@ -86,7 +86,7 @@ def _ball(scene: Scene, finding: Finding, side: str, rng: np.random.Generator) -
     q = distance / (radius * lobes)
     profile = step(1.1 - q, 0.4) * (0.6 + 0.4 * np.sqrt(np.clip(1 - q * q, 0, 1)))
     # A nodule is seen through the heart's edge too, only fainter.
-    added[rows, columns] = profile * (0.35 + 0.65 * scene.lungs[rows, columns]) * _contrast(finding.kind)
+    added[rows, columns] = profile * (0.35 + 0.65 * scene.lungs[rows, columns]) * _contrast(scene, finding.kind)
     scene.mu += added
     return added
 
@@ -102,7 +102,7 @@ def _effusion(scene: Scene, finding: Finding, side: str, rng: np.random.Generato
     region = step(scene.frame.y - surface, 0.05) * _half(scene, side)
     within = step(scene.from_wall, 0.03) * step(scene.above_dome + 0.10, 0.06)
     fluid = region * within
-    added = fluid * (0.25 * (1 - scene.lungs) + scene.lungs) * np.float32(_contrast("effusion"))
+    added = fluid * (0.25 * (1 - scene.lungs) + scene.lungs) * np.float32(_contrast(scene, "effusion"))
     scene.mu += added
     scene.markings *= 1 - fluid
     if finding.severity == "large":
@@ -140,7 +140,7 @@ def _atelectasis(scene: Scene, finding: Finding, side: str, rng: np.random.Gener
         # A collapsed lower segment: a wedge against the spine, its lateral edge sharp.
         edge = 0.14 + 0.9 * np.clip(y - np.float32(base - 0.30), 0, 0.4)
         added += step(edge - x, 0.03) * step(y - np.float32(base - 0.28), 0.08) * _half(scene, side)
-    added = np.clip(added, 0, 1) * scene.thorax * np.float32(_contrast("atelectasis"))
+    added = np.clip(added, 0, 1) * scene.thorax * np.float32(_contrast(scene, "atelectasis"))
     scene.mu += added
     return added
 
@@ -150,7 +150,7 @@ def _pleural_thickening(scene: Scene, finding: Finding, side: str, rng: np.rando
     middle, reach = float(rng.uniform(-0.15, 0.2)), float(rng.uniform(0.22, 0.32))
     band = step(thick * (1 + 0.3 * np.sin(scene.frame.y * 17)) - scene.from_wall, 0.02) * scene.thorax
     added = band * _half(scene, side) * step(reach - np.abs(scene.frame.y - np.float32(middle)), 0.1)
-    added = added * np.float32(_contrast("pleural_thickening"))
+    added = added * np.float32(_contrast(scene, "pleural_thickening"))
     scene.mu += added
     return added
 
@@ -159,7 +159,7 @@ def _fracture(scene: Scene, finding: Finding, side: str, rng: np.random.Generato
     """A displaced rib: a gap with a step, in the lateral third."""
     y = float(rng.uniform(-0.2, 0.25))
     wall = float(np.interp(y, np.linspace(-1.6, 1.6, 512), scene.anatomy.wall()))
-    return break_rib(scene, SIGN[side] * 0.84 * wall, y, 0.045, -_contrast("fracture"))
+    return break_rib(scene, SIGN[side] * 0.84 * wall, y, 0.045, -_contrast(scene, "fracture"))
 
 
 def break_rib(scene: Scene, x0: float, y0: float, radius: float, contrast: float) -> np.ndarray:
@@ -178,7 +178,7 @@ def break_rib(scene: Scene, x0: float, y0: float, radius: float, contrast: float
 
 
 def _edema(scene: Scene, finding: Finding, rng: np.random.Generator) -> np.ndarray:
-    strength = {"mild": 0.45, "moderate": 0.75, "severe": 1.2}[finding.severity or "mild"] * _contrast("edema")
+    strength = {"mild": 0.45, "moderate": 0.75, "severe": 1.2}[finding.severity or "mild"] * _contrast(scene, "edema")
     haze = np.exp(-(((np.abs(scene.frame.x) - 0.26) / 0.24) ** 2) - ((scene.frame.y - 0.0) / 0.33) ** 2)
     texture = np.clip(1 + 0.45 * cloud(rng, scene.frame.size, max(8, scene.frame.size // 9)), 0.2, 2)
     added = haze * texture * scene.lungs * np.float32(strength)
@@ -204,7 +204,7 @@ def _hernia(scene: Scene) -> np.ndarray:
     inside = step(1 - x * x - y * y, 0.3)
     # The air in the stomach stands above the fluid.
     air = inside * step(0.1 - y, 0.1) * step(0.8 - x * x - y * y, 0.2)
-    scene.mu[rows, columns] += inside * _contrast("hernia") - 1.5 * air * _contrast("hernia")
+    scene.mu[rows, columns] += inside * _contrast(scene, "hernia") - 1.5 * air * _contrast(scene, "hernia")
     added[rows, columns] = inside
     return added > 0.5
 
@@ -240,7 +240,7 @@ def _dot(scene: Scene, x: float, y: float, radius: float) -> None:
     rows, columns = scene.frame.window(x, y, 2 * radius + 2 / scene.frame.size)
     distance = np.hypot(scene.frame.x[rows, columns] - x, scene.frame.y[rows, columns] - y)
     scene.mu[rows, columns] += step(radius - distance, max(0.01, 2 / scene.frame.size)) * np.float32(
-        _contrast("granuloma")
+        _contrast(scene, "granuloma")
     )
 
 

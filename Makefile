@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# a file stays on one worker, so that what its tests share is drawn once
+PYTEST := $(BIN)/python -m pytest --dist loadfile
 
 .PHONY: help demo test test-slow test-all lint format bench docker clean
 

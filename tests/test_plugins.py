@@ -103,6 +103,7 @@ def test_everything_is_listed_and_the_broken_part_is_a_warning(environment):
     assert "Traceback" not in losses.stderr
 
 
+@pytest.mark.slow
 def test_its_task_loss_and_encoder_train_by_yaml(environment, tiny, workdir):
     (workdir / "acme.yaml").write_text(
         "model:\n  class_path: AcmeTask\n  init_args:\n    losses: {pull: {name: acme_distance, margin: 1.0}}\n"

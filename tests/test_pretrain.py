@@ -169,6 +169,7 @@ def test_a_phantom_and_a_real_root_never_mix(capsys, workdir, tiny, phantom_root
     assert (workdir / "mine" / "data.csv").read_text() == "a\n"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_pairs_train_to_the_end(real_data, workdir):
     """The data group switched to real X-rays; the tokenizer sees the real reports without images, too."""

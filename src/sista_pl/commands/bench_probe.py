@@ -6,6 +6,8 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,7 @@ def compare(encoder: str, image_size: int, images: int, epochs: int) -> dict[str
     """
     if "classification" not in plugins.load():
         raise SistaError("bench probe: the task classification is not installed; install sista-pl whole")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="sista-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sista-bench-") as folder, _quiet():
         store = _store(Path(folder), images, image_size)
         sides = {
             name: _fit_all(store, encoder, image_size, epochs, cache)
@@ -49,6 +50,18 @@ def compare(encoder: str, image_size: int, images: int, epochs: int) -> dict[str
         "ratios": {key: sides["uncached"][key] / sides["cached"][key] for key in ("passes", "seconds")},
         "largest_difference": max(float((a - b).abs().max()) for a, b in pairs),
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Eighteen fits say the same eighteen times."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _store(folder: Path, images: int, size: int) -> Path:

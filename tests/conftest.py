@@ -13,6 +13,10 @@ from sista_pl.allocator import keep_memory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 keep_memory()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores: two threads each would wait for one another, at half the speed
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 

@@ -25,11 +25,11 @@ test: $(BIN)/.ready  ## the default tests, under three minutes on two cores
 	$(PYTEST) -n 2
 
 test-slow: $(BIN)/.ready  ## the slow ones alone: every configuration through fit and test, kills, two processes
-	$(PYTEST) -n 2 -m "slow and not gpu"
+	$(PYTEST) -n 2 -m "slow and not gpu and not study"
 
 test-all: $(BIN)/.ready  ## all of them, with coverage
 	$(BIN)/python -m coverage erase
-	$(PYTEST) -n 2 -m "not gpu" --cov --cov-report=term
+	$(PYTEST) -n 2 -m "not gpu and not study" --cov --cov-report=term
 
 lint: $(BIN)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

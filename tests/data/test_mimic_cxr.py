@@ -343,3 +343,16 @@ def test_the_full_number_of_rows(tmp_path):
     release = read(root)
     assert len(release.rows) == n
     assert release.rows[-1].impression == f"I {studies[-1]}"
+
+
+@pytest.mark.parametrize("study", ["x" * 5000, "../../etc", "5000 0001", ""])
+def test_an_id_that_is_no_number_is_left_out_and_counted(tmp_path, study):
+    root = write_tree(tmp_path / "jpg", reports=tmp_path / "mimic-cxr-reports")
+    file = root / "mimic-cxr-2.0.0-metadata.csv.gz"
+    text = gzip.decompress(file.read_bytes()).decode()
+    assert "d1,10000032,50000001," in text
+    file.write_bytes(gzip.compress(text.replace("d1,10000032,50000001,", f"d1,10000032,{study},").encode()))
+    release = read(root)
+    assert [row.image_id for row in release.rows] == ["d3", "d4", "d6"]
+    assert [name for name, why in release.skipped] == ["d1"]
+    assert release.skipped[0][1].endswith("no number of a subject and a study")

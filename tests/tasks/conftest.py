@@ -24,8 +24,8 @@ def _store(layout: str, studies: int, folder: Path, seed: int = 5) -> Path:
 
 @pytest.fixture(scope="session")
 def rsna_store(tmp_path_factory) -> Path:
-    """The prepared store of 163 studies in the layout of RSNA stage 2, at 64 px: 33 of them in its test split."""
-    return _store("rsna", 163, tmp_path_factory.mktemp("rsna"))
+    """The prepared store of 175 studies in the layout of RSNA stage 2, at 64 px: 35 of them in its test split."""
+    return _store("rsna", 175, tmp_path_factory.mktemp("rsna"))
 
 
 @pytest.fixture(scope="session")

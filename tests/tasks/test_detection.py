@@ -116,7 +116,7 @@ def test_the_figures_are_those_of_the_boxes_that_were_written(trained, rsna_stor
     assert np.allclose(table["score"], top, atol=1e-4)
     assert metrics["test"]["test/ap_50"] == pytest.approx(average_precision(table, 0.5), abs=1e-6)
     low = np.mean([average_precision(table, least) for least in np.arange(40, 76, 5) / 100])
-    assert 0.1 < low < 0.9
+    assert 0.03 < low < 0.9
     assert metrics["test"]["test/map_40_75"] == pytest.approx(low, abs=1e-6)
     figure = metrics["intervals"]["test/map_40_75"]
     assert figure["interval95"][0] < figure["value"] < figure["interval95"][1]

@@ -19,6 +19,7 @@ _JPG_FOLDERS = [
     f"{above}mimic-cxr-jpg{version}" for above in ("physionet.org/files/", "") for version in ("/2.1.0", "/2.0.0", "")
 ]
 _REPORT_FOLDERS = ["", "mimic-cxr-reports", "mimic-cxr", "mimic-cxr/2.1.0", "mimic-cxr/2.0.0"]
+_NUMBER = r"[0-9]{1,12}"
 _LABELS = ("chexpert", "negbio", "none")
 _RADIOLOGIST = "mimic-cxr-2.1.0-test-set-labeled.csv"
 _TEST_LABELS = ("same", "radiologist")
@@ -78,6 +79,14 @@ def read_mimic_cxr(
         images = images[kept]
     skipped = [(name, f"not in {split_file.name}") for name in images.loc[images["split"].isna(), "dicom_id"]]
     images = images.dropna(subset="split")
+    # they become paths: what is no number is no id, and might lead elsewhere or nowhere
+    numbers = images["subject_id"].str.fullmatch(_NUMBER) & images["study_id"].str.fullmatch(_NUMBER)
+    wrong = images[~numbers.astype(bool)]
+    skipped += [
+        (name, f"{metadata_file.name}:{row}: no number of a subject and a study")
+        for name, row in zip(wrong["dicom_id"], wrong["row"], strict=True)
+    ]
+    images = images[numbers.astype(bool)]
 
     studies = dict(zip(images["study_id"], images["subject_id"], strict=True))
     texts = dict(_read_reports(_find_reports(root, jpg, reports, studies), studies))

@@ -66,8 +66,7 @@ def fit(of, detector, image, boxes, labels, steps, lr=3e-3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet10t", "vit"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "backbone"), [*((name, "resnet10t") for name in NAMES), ("yolov3", "vit")])
 def test_four_films_are_learnt_by_heart(name, backbone):
     of = encoder() if backbone == "resnet10t" else small_vit()
     _, detector = build(name, of)

@@ -147,6 +147,19 @@ class TransferTask(BaseTask):
             elif getattr(self.image_encoder, "weights", "none") in ("none", ""):
                 rank_zero_info("image encoder: random initialisation")
 
+    def check_classes(self, count: int, what: str) -> None:
+        """Refuse a number of classes that is not the data group's; `what` it calls them.
+
+        Raises:
+            SistaError: the two disagree.
+        """
+        classes = self.trainer.datamodule.classes
+        if classes and len(classes) != count:
+            raise SistaError(
+                f"model: num_classes is {count}, the data group has {len(classes)} {what} "
+                f"({', '.join(classes[:6])}{' …' if len(classes) > 6 else ''}); set both alike"
+            )
+
     def figures(self, stage: str) -> Mapping[str, float]:
         found = self.metrics[stage].compute()
         if not np.isfinite(found.values).all():

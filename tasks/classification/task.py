@@ -72,12 +72,7 @@ class ClassificationTask(TransferTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        classes = self.trainer.datamodule.classes
-        if classes and len(classes) != self.num_classes:
-            raise SistaError(
-                f"model: num_classes is {self.num_classes}, the data group has {len(classes)} labels "
-                f"({', '.join(classes[:6])}{' …' if len(classes) > 6 else ''}); set both alike"
-            )
+        self.check_classes(self.num_classes, "labels")
 
     # --- the probe -------------------------------------------------------------
 

@@ -78,13 +78,8 @@ class DetectionTask(TransferTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        classes = self.trainer.datamodule.classes
-        if classes and len(classes) != self.num_classes:
-            raise SistaError(
-                f"model: num_classes is {self.num_classes}, the data group has {len(classes)} categories of boxes "
-                f"({', '.join(classes[:6])}{' …' if len(classes) > 6 else ''}); set both alike"
-            )
-        self.classes = list(classes) or self.classes
+        self.check_classes(self.num_classes, "categories of boxes")
+        self.classes = list(self.trainer.datamodule.classes) or self.classes
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -187,3 +187,38 @@ def setr_pup(encoder: ImageEncoder, channels: int = 256) -> SetrPup:
     """SETR's progressive upsampling, for vision transformers."""
     check_tokens(encoder, "setr_pup")
     return SetrPup(encoder.channels[-1], channels)
+
+
+class Linear(nn.Module):
+    """Linear in the encoder's maps: of each a batch norm without affine and a 1 × 1 convolution, upsampled and summed.
+
+    What it finds the encoder has found; as for DINOv2 (Oquab et al. 2024), whose norm it takes over.
+
+    Args:
+        places: of the maps in the encoder's pyramid.
+        channels: of these maps.
+    """
+
+    def __init__(self, places: Sequence[int], channels: Sequence[int]):
+        super().__init__()
+        self.places = list(places)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in channels)
+        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=i == 0) for i, c in enumerate(channels))
+
+    def forward(self, encoder: ImageEncoder, image: Tensor) -> Tensor:
+        """(B, 1, H, W) → logits (B, 1, H, W)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder)):
+            maps = encoder.pyramid(image)
+        found = [head(norm(maps[place])) for place, norm, head in zip(self.places, self.norms, self.heads, strict=True)]
+        size = image.shape[-2:]
+        return torch.stack(
+            [nn.functional.interpolate(each.float(), size, mode="bilinear", align_corners=False) for each in found]
+        ).sum(0)
+
+
+@DECODERS.register("linear")
+def linear(encoder: ImageEncoder) -> Linear:
+    """Linear probe of the maps of stride 8 and more, or of a vision transformer's last one."""
+    last = len(encoder.strides) - 1
+    places = [last] if encoder.has_tokens else [i for i, stride in enumerate(encoder.strides) if stride >= 8]
+    return Linear(places, [encoder.channels[place] for place in places])

@@ -15,6 +15,7 @@ SMALL = {
     "fpn": {"channels": 32},
     "dpt": {"intermediate": [8, 8, 8, 8], "fusion": 8},
     "setr_pup": {"channels": 8},
+    "linear": {},
 }
 PAIRS = [
     *[(decoder, "resnet10t", 64) for decoder in ("unet", "unetplusplus", "fpn")],
@@ -26,6 +27,8 @@ PAIRS = [
     ("dpt", "hf:dinov2", 70),  # 5 × 5 patches of 14
     ("setr_pup", "hf:dinov2", 70),
     ("dpt", "hf:siglip", 32),  # patches of 8, no class token
+    *[("linear", encoder, 64) for encoder in ("resnet10t", "convnext_atto", "vit_tiny_patch16_224")],
+    ("linear", "hf:dinov2", 70),
 ]
 
 
@@ -86,6 +89,31 @@ def test_logits_are_where_the_maps_are(folders, decoder):
         encoder.tokens = lambda image: [(moved(m), prefix) for m, prefix in tokens]
         change = (made({"image": image}) - before).abs()
     assert torch.nn.functional.adaptive_avg_pool2d(change, 2).argmax() == 1
+
+
+def test_the_linear_probe_is_linear_in_the_maps_and_bilinear_between_their_cells(folders):
+    made = task(folders, "linear", "resnet10t", 64).eval()
+    encoder, image = made.image_encoder, torch.zeros(1, 1, 64, 64)
+    shapes = [m.shape for m in encoder.pyramid(image)]
+
+    def logits(maps):
+        encoder.pyramid = lambda image: maps
+        with torch.no_grad():
+            return made.decoder(encoder, image)[0, 0]
+
+    a, b = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    none = [torch.zeros(shape) for shape in shapes]
+    total = [x + y for x, y in zip(a, b, strict=True)]
+    torch.testing.assert_close(logits(total), logits(a) + logits(b) - logits(none), rtol=1e-4, atol=1e-5)
+    # a lone cell of the coarsest map (32 px) reaches one cell far, halfway at its border
+    lone = [torch.zeros(shape) for shape in shapes]
+    lone[-1][0, :, 0, 0] = torch.randn(shapes[-1][1])
+    reach = logits(lone) - logits(none)
+    weight, scale = made.decoder.heads[-1].weight[0, :, 0, 0], (1 + made.decoder.norms[-1].eps) ** -0.5
+    centre = (lone[-1][0, :, 0, 0] * scale * weight).sum()
+    torch.testing.assert_close(reach[:16, :16], centre.detach().expand(16, 16), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reach[15:17, 0].mean(), centre.detach() * (1 + 63 / 64) / 2, rtol=1e-3, atol=1e-5)
+    assert reach[48:].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,16 @@ class Features:
         mask: (B, N) bool, True where `local` is real; None where all are (images).
         ids: (B, N) int64 word identity: a stable hash of the word, the same in each report; **negative** where the
             word stands inside a negation ("no [effusion]"), 0 for padding. None for images.
+        attention: (B, N) >= 0, attention of the class token to each patch or word in the last layer, mean over heads,
+            summed over a word's sub-words, 0 for padding; no gradient. None where no loss asks for it
+            (`needs_attention`), and of images where the encoder has no class token, as a CNN.
     """
 
     pooled: Tensor
     local: Tensor
     mask: Tensor | None = None
     ids: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @dataclass

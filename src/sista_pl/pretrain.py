@@ -77,8 +77,11 @@ class PretrainTask(BaseTask):
         self.text_head = ProjectionHead(self.text_encoder.dim, self.text_encoder.local_dim, **head)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / h.temperature)))
 
-    def configure_losses(self) -> None:
-        super().configure_losses()
+    def configure_losses(self, **context: Any) -> None:
+        super().configure_losses(dim=self.hparams.embed_dim, **context)
+        if any(getattr(loss, "needs_attention", False) for loss in self.losses.values()):
+            self.image_encoder.ask_attention(self.hparams.image_size)
+            self.text_encoder.ask_attention()
         if not any(getattr(loss, "needs_pooled", True) for loss in self.losses.values()):
             raise SistaError("model: no loss compares whole images and reports; add one, as `instance: {name: clip}`")
         # a head that no loss looks at would have no gradient, which stops DDP
@@ -148,7 +151,7 @@ class PretrainTask(BaseTask):
             sample = torch.from_numpy(similarity.sample).to(batch["semantics"].device)
             semantics = Semantics(batch["semantics"], similarity.offset, sample)
         return Pair(self.encode_image(batch["image"]), self.encode_text(batch), self.scale(), semantics,
-                    epoch=self.current_epoch)  # fmt: skip
+                    labels=batch.get("labels"), epoch=self.current_epoch)  # fmt: skip
 
     def step(self, batch: dict[str, Any]) -> Step:
         pair = self(batch)

@@ -80,9 +80,13 @@ class BaseTask(LightningModule):
     def configure_models(self) -> None:
         """Build encoders and heads as attributes."""
 
-    def configure_losses(self) -> None:
-        """Build the loss components by name."""
-        self.losses.update({name: LOSSES.build(spec) for name, spec in self.loss_specs.items()})
+    def configure_losses(self, **context: Any) -> None:
+        """Build the loss components by name.
+
+        Args:
+            context: what a task knows and its YAML does not say, for the losses that take it.
+        """
+        self.losses.update({name: LOSSES.build(spec, **context) for name, spec in self.loss_specs.items()})
         for name, loss in self.losses.items():
             takes = getattr(loss, "takes", "pair")
             if takes != self.target:

@@ -32,7 +32,8 @@ class SegmentationTask(TransferTask):
 
     Args:
         decoder: `unet`, `unetplusplus` or `fpn` on convolutional encoders, `dpt` or `setr_pup` on vision
-            transformers; `linear`, a probe, on both; or with arguments, `{name: unet, channels: [256, 128, 64, 32, 16]}`.
+            transformers, `linear`, a probe, on both; or with arguments, as
+            `{name: unet, channels: [256, 128, 64, 32, 16]}`.
         losses: `{mask: {name: dice_bce}}` where not given; `focal_logdice` under `protocol: mgca`.
         kwargs: see `TransferTask`.
     """

@@ -1,10 +1,13 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from sista_pl.data.pairs import PairDataModule
 from sista_pl.data.reports import normalise_mgca
 from sista_pl.errors import SistaError
+from sista_pl.pretrain import PretrainTask
 
 
 def module(store, **more):
@@ -31,6 +34,54 @@ def test_texts_are_normalised_as_asked(phantom_store):
 def test_a_misspelt_normalisation_is_one_line(phantom_store, text, line):
     with pytest.raises(SistaError, match=line):
         module(phantom_store, text=text)
+
+
+def test_labels_in_the_asked_order_beside_their_reports(phantom_store):
+    names = ["Pleural Effusion", "No Finding", "Edema"]
+    data, plain = module(phantom_store, labels=names, batch_size=4), module(phantom_store, batch_size=4)
+    for each in (data, plain):
+        each.setup("fit")
+    manifest = data.store.manifest
+    seen = []
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            rows = batch["index"].tolist()
+            expected = [[manifest[f"label_{name}"][row] for name in names] for row in rows]
+            assert batch["labels"].dtype == torch.float32
+            assert np.array_equal(batch["labels"].numpy(), np.array(expected, np.float32), equal_nan=True)
+            seen += batch["labels"].flatten().tolist()
+    assert {0.0, 1.0} <= set(seen)
+    assert np.isnan(seen).any()
+    # no pair is left out for them, and none has any where they are not asked for
+    assert {name: rows.tolist() for name, rows in data.rows.items()} == {
+        name: rows.tolist() for name, rows in plain.rows.items()
+    }
+    assert "labels" not in next(iter(plain.val_dataloader()))
+
+
+def test_an_unknown_label_is_one_line(phantom_store):
+    with pytest.raises(SistaError, match=r"has no label 'Edma'; did you mean Edema\?$"):
+        module(phantom_store, labels=["Pneumonia", "Edma"]).setup("fit")
+
+
+def test_a_task_gives_its_losses_the_labels_of_the_batch(phantom_store):
+    """Through `PretrainTask.step`, as the Trainer calls it."""
+    data = module(phantom_store, labels=["Edema", "Pleural Effusion"], batch_size=4)
+    data.setup("fit")
+    task = PretrainTask(
+        {"instance": {"name": "medclip"}}, image_encoder="resnet10t", image_size=64, embed_dim=8, head_hidden=8,
+        text_encoder={"name": "small-bert", "layers": 1, "dim": 32, "vocab_size": 200},
+    )  # fmt: skip
+    task.trainer = SimpleNamespace(datamodule=data, current_epoch=0)
+    batch = task.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
+    seen = []
+    task.losses["instance"].register_forward_pre_hook(lambda _, given: seen.append(given[0].labels))
+    step = task.step(batch)
+    assert torch.equal(seen[0].nan_to_num(2), batch["labels"].nan_to_num(2))
+    assert step.losses["instance"].isfinite()
+    del batch["labels"]
+    with pytest.raises(SistaError, match="the data bring no labels"):
+        task.step(batch)
 
 
 def test_a_place_in_other_data_is_refused(phantom_store):

@@ -24,6 +24,10 @@ RANKS, B = 2, 8
 CLIP = {"name": "clip"}
 WITHIN = {"name": "sta", "negatives": "within"}
 BATCH = {"name": "sta", "negatives": "batch", "group": B // RANKS}
+CPA = {"name": "mgca_cpa", "prototypes": 12, "dim": 5, "frozen_epochs": 0}
+TRIAGE = {"name": "sia", "mode": "triage"}
+ONLINE = {"name": "sia", "source": "online", "delta": 0.3, "tau": 0.3}
+SIGLIP = {"name": "siglip", "semantic": True, "bias": -2.0}
 CASES = {
     "clip": [CLIP],
     "clip in chunks": [{**CLIP, "chunk": 3}],
@@ -32,11 +36,32 @@ CASES = {
     "sia soft, half": [{"name": "sia", "mode": "soft", "alpha": 0.5}],
     "sia mask": [{"name": "sia", "mode": "mask"}],
     "sia multi_positive": [{"name": "sia", "mode": "multi_positive"}],
+    "sia triage": [{**TRIAGE, "positive_threshold": 0.9, "negative_threshold": 0.7}],
+    "sia triage in chunks": [{**TRIAGE, "chunk": 3}],
+    "sia online": [ONLINE],
+    "sia online, triage in chunks": [
+        {**ONLINE, **TRIAGE, "positive_threshold": 0.5, "negative_threshold": 0.2, "chunk": 3}
+    ],
+    "medclip": [{"name": "medclip", "tau": 0.3}],
+    "medclip in chunks": [{"name": "medclip", "chunk": 3}],
+    "siglip": [{"name": "siglip", "bias": -2.0}],
+    "siglip, semantic": [SIGLIP],
+    "siglip, semantic in chunks": [{**SIGLIP, "chunk": 3}],
     "sia and sta within": [{"name": "sia"}, WITHIN],
     "sta within, mean over words": [{**WITHIN, "reduction": "word"}],
     "sta batch": [BATCH],
     "sta batch, mean over words": [{**BATCH, "reduction": "word"}],
     "clip and sta batch": [CLIP, BATCH],
+    "gloria": [CLIP, {"name": "gloria"}],
+    "gloria in chunks, mean over words": [{"name": "gloria", "chunk": 3, "aggregation": "mean"}],
+    "mgca": [CLIP, {"name": "mgca_cta"}, CPA],
+    "mgca_cta": [{"name": "mgca_cta"}],
+    "mgca_cpa": [CPA],
+    "mgca_cpa, frozen": [{**CPA, "frozen_epochs": 1}],
+    "sta batch, sparsemax": [{**BATCH, "sparsity": "sparsemax"}],
+    "sta patch_to_word": [{**WITHIN, "direction": "patch_to_word"}],
+    "sta both, topk": [{**WITHIN, "direction": "both", "sparsity": "topk", "top": 3}],
+    "sta both, softmax, mean over words": [{**WITHIN, "direction": "both", "sparsity": "softmax", "reduction": "word"}],
 }
 
 
@@ -50,16 +75,20 @@ class Model(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.4, generator=draw)
         self.log_scale = nn.Parameter(torch.tensor(1.5))
+        torch.manual_seed(0)  # of the losses' own parameters
         self.losses = nn.ModuleList(LOSSES.build(spec) for spec in specs)
 
     def forward(self, batch: dict[str, Tensor], sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         ids = batch["ids"]
         pair = Pair(
-            image=Features(self.image(batch["image"]), self.patches(batch["patches"])),
-            text=Features(self.text(batch["text"]), self.words(batch["words"]), ids != 0, ids),
+            image=Features(self.image(batch["image"]), self.patches(batch["patches"]),
+                           attention=batch["patches"][..., 0].exp()),
+            text=Features(self.text(batch["text"]), self.words(batch["words"]), ids != 0, ids,
+                          batch["words"][..., 0].exp() * (ids != 0)),
             scale=self.log_scale.exp(),
             semantics=Semantics(batch["semantics"], 0.2, sample),
-        )
+            labels=batch["labels"],
+        )  # fmt: skip
         parts = [loss(pair) for loss in self.losses]
         return sum(loss for loss, _ in parts), parts[0][1]
 
@@ -80,6 +109,7 @@ def make_batch() -> tuple[dict[str, Tensor], Tensor]:
         "words": torch.randn(B, 7, 6, generator=draw),
         "ids": torch.where(torch.arange(7) < lengths[:, None], picked, 0),
         "semantics": nn.functional.normalize(semantics, dim=1),
+        "labels": torch.tensor([1.0, 0.0, 0.0, float("nan")])[torch.randint(4, (B, 4), generator=draw)],
     }
     return batch, torch.rand(32, 64, generator=draw)
 
@@ -91,6 +121,7 @@ def evaluate(specs: list[dict], batch: dict[str, Tensor], sample: Tensor) -> dic
     loss.backward()
     out = {"loss": loss.detach(), "false negatives": logs.get("false_negatives", torch.zeros(()))}
     out |= {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    out |= {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     if dist.is_initialized():
         for value in out.values():
             dist.all_reduce(value)

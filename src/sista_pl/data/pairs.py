@@ -1,4 +1,7 @@
-"""Image-report pairs: which reports are equal, and how alike the others are."""
+"""Image-report pairs: which reports are equal, how alike the others are, and what labels say of them.
+
+B pairs, K labels.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sista_pl.data.labels import read_labels
 from sista_pl.data.module import BaseDataModule, StoreDataset
 from sista_pl.data.reports import NORMALISE
 from sista_pl.data.similarity import Similarity, fit_similarity
@@ -16,12 +20,14 @@ from sista_pl.errors import SistaError, did_you_mean
 
 
 class PairDataset(StoreDataset):
-    """Images with the id of their report's text; equal texts share an id."""
+    """Images with the id of their report's text, and their labels; equal texts share an id."""
 
     report_ids: np.ndarray
+    labels: np.ndarray | None = None
 
     def samples(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        return {"report": torch.from_numpy(self.report_ids[rows])}
+        found = {"report": torch.from_numpy(self.report_ids[rows])}
+        return found if self.labels is None else found | {"labels": torch.from_numpy(self.labels[rows])}
 
 
 class PairDataModule(BaseDataModule):
@@ -37,6 +43,8 @@ class PairDataModule(BaseDataModule):
             trained from scratch should see as well.
         text: `{normalize: unicode}` leaves every character as it is; `{normalize: mgca}` repeats the reference's ASCII
             lower-casing, which drops what other languages write with.
+        labels: label columns of the store, as in `[Edema, Pneumonia]`, that a batch brings as `labels` (B, K) 1, 0 or
+            NaN = unknown, for losses such as `medclip`; none by default. No pair is left out for its labels.
         kwargs: see `BaseDataModule`.
     """
 
@@ -50,6 +58,7 @@ class PairDataModule(BaseDataModule):
         calibration: str = "center",
         tokenizer_corpus: str | Path | None = None,
         text: dict[str, str] | None = None,
+        labels: list[str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(store, **kwargs)
@@ -65,6 +74,8 @@ class PairDataModule(BaseDataModule):
         self.reports: list[str] = []
         self.report_ids = np.zeros(0, np.int64)
         self.similarity: Similarity | None = None
+        self.wanted_labels = labels or []
+        self.labels: np.ndarray | None = None  # (rows of the store, K) float32
 
     def setup(self, stage: str) -> None:
         if self.store is not None:
@@ -83,6 +94,8 @@ class PairDataModule(BaseDataModule):
         texts = texts.map({text: self.normalise(text) for text in texts.unique()})
         ids, distinct = pd.factorize(texts)
         self.report_ids, self.reports = ids.astype(np.int64), [str(text) for text in distinct]
+        if self.wanted_labels:
+            self.labels = read_labels(self.store, self.wanted_labels)
         present = (texts != "").to_numpy()
         return {name: rows[present[rows]] for name, rows in super().split().items()}
 
@@ -95,7 +108,7 @@ class PairDataModule(BaseDataModule):
 
     def _loader(self, split: str, train: bool):
         loader = super()._loader(split, train)
-        loader.dataset.report_ids = self.report_ids
+        loader.dataset.report_ids, loader.dataset.labels = self.report_ids, self.labels
         return loader
 
 

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from sista_pl.data import transforms
 from sista_pl.data.images import BadImage, image_size, read_gray
+from sista_pl.data.labels import label_names, read_labels
 from sista_pl.data.module import BaseDataModule, StoreDataset, as_it_is
 from sista_pl.data.splits import folds, label_fraction, split_hash
 from sista_pl.errors import SistaError, did_you_mean
@@ -233,15 +234,10 @@ class TransferDataModule(BaseDataModule):
             rank_zero_info(f"label_fraction {self.label_fraction:g}: no positive training image of {names}")
 
     def _read_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        manifest = self.store.manifest
-        known = [name.removeprefix("label_") for name in manifest.columns if name.startswith("label_")]
-        self.classes = list(self.wanted_labels or known)
-        for name in self.classes:
-            if name not in known:
-                raise SistaError(f"data: {self.store_path} has no label {name!r}; {did_you_mean(name, known)}")
+        self.classes = list(self.wanted_labels or label_names(self.store))
         if not self.classes:
             raise SistaError(f"data: {self.store_path} has no labels; prepare a release with labels")
-        self.labels = manifest[[f"label_{name}" for name in self.classes]].to_numpy(np.float32)
+        self.labels = read_labels(self.store, self.classes)
         return np.array(~np.isnan(self.labels).all(1)), self.labels
 
     def _read_boxes(self) -> tuple[np.ndarray, np.ndarray]:

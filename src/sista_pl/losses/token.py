@@ -1,10 +1,11 @@
-"""Token level: words of a report against the few image patches that they speak of.
+"""Token level: words of a report against the few image patches that they speak of, and patches against their words.
 
 B pairs of this rank, P patches, L words, D joint dimension, G pairs of a group, n words of a group.
 
 The sparse grouping and the loss within a report are SPARC's (Bica et al. 2024, arXiv 2401.09865, eq. 2-6) with guards
 where they divide by zero; no equation of the SISTA paper (Bui et al., arXiv 2601.08165) was at hand, so that the
-formulas, the contrast against other studies and all defaults are our documented choice.
+formulas, the contrast against other studies, the direction from patches to words, the other sparsities and all
+defaults are our documented choice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sista_pl.distributed import global_mean
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
 from sista_pl.losses.arguments import choice, number, switch, whole
+from sista_pl.losses.sparsity import weighting
 from sista_pl.pair import Features, Pair, at_least_float32
 from sista_pl.words import STOP_WORDS, word_id
 
@@ -57,40 +59,56 @@ class Alignment(NamedTuple):
 class SparseTokenAlignment(nn.Module):
     """Sparse token alignment: a word is compared with the patches that it is most like, and those with other words.
 
-    s = W Vᵀ, brought to [0, 1] over the patches of an image; what is below `sigma` of the maximum is dropped, the rest
-    divided by its sum weights the patches: c = a V. Then, with ℓ = cos(W, c) / temperature:
+    `word_to_patch`: s = W Vᵀ, brought to [0, 1] over the patches of an image; what is below `sigma` of the maximum is
+    dropped, the rest divided by its sum weights the patches: c = a V. Then, with ℓ = cos(W, c) / temperature:
 
     * `negatives: within` (SPARC): a word against the other words of its report, both ways, mean of the two.
     * `negatives: batch`: a word with its patches in its own image against the same word with its patches in the other
       images of a group, weighted in each image by the same formula; images whose report has the same word are left out.
 
+    `patch_to_word`: the same with the sides changed. A patch weights the words of its own report that take part (the
+    others are masked before minimum and maximum): c = a W, (P, D). Then a patch against the other patches of its image
+    with ℓ = cos(V, c) / temperature, (P, P), both ways, mean of the two; the mean over patches, then over reports with
+    words. Patches that weight the same words alike have the same c, so that short reports can't bring it to 0.
+
     Within a report the loss can be solved without looking at the image; each figure reported with it needs its
-    `shuffled` control. Logs: `kept_patches` mean share of the patches with a weight; `words` an anchor;
-    `token_accuracy` how often the right words or image win, over words that have a competitor.
+    `shuffled` control. Logs: `words` that take part, a pair; of `word_to_patch` `kept_patches`, mean share of the
+    patches with a weight, and `token_accuracy`, how often the right words or image win, over words that have a
+    competitor; of `patch_to_word` `kept_words`, mean share of a report's words with a weight, repeats counted once
+    where they are merged, and `patch_accuracy`, how often the right patch wins.
 
     Args:
-        sparsity: `threshold`, the only one so far.
-        sigma: threshold as a share of a word's maximum, 0 (all but the least similar patch) to 1 (the maximum alone),
-            or "1/N", SPARC's, with N = P; it drops hardly any patch, real sparsity begins near 0.5.
-        direction: `word_to_patch`, the only one so far.
-        negatives: `within` or `batch`.
+        sparsity: how similarities become weights a; see `sista_pl.losses.sparsity`. `threshold` as above; `topk` keeps
+            the `top` most similar; `sparsemax` of s / `sparsity_temperature`; `softmax` of it keeps all, a control.
+        sigma: of `threshold`, as a share of the maximum, 0 (all but the least similar) to 1 (the maximum alone), or
+            "1/N", SPARC's, with N = P, or the words that a patch chooses from; it drops hardly any patch, real sparsity
+            begins near 0.5, the default.
+        top: of `topk`, >= 1; default 8.
+        sparsity_temperature: of `sparsemax` and `softmax`, > 0; default 10 for `inner` and 0.1 for `cosine`, our
+            choice: about the spread of s between unrelated tokens of D = 128 as the projection heads return them, of
+            length √D. At 1, sparsemax of `inner` keeps little more than the maximum.
+        direction: `word_to_patch`, `patch_to_word`, or `both`, the mean of the two losses.
+        negatives: `within` or `batch`; `batch` for `word_to_patch` alone, since a patch has no identity by which to
+            leave out the images that show the same.
         repeated_words: `merge` makes the repeats of a word in a report one: within, they share the target in equal
-            parts; in a batch, their mean embedding stands for them. A negated word is another word than the affirmed
-            one. `separate` takes each repeat as a word of its own (SPARC).
-        detach_weights: no gradient through the patch weights a.
+            parts; in a batch and for `patch_to_word`, their mean embedding stands for them, so that a word said twice
+            has no double weight. A negated word is another word than the affirmed one. `separate` takes each repeat as
+            a word of its own (SPARC).
+        detach_weights: no gradient through the weights a.
         skip_negated: leave out words inside a negation, whose finding is not in the image; by default in `batch` only.
         skip_stop_words: leave out function words and boilerplate; by default in `batch` only.
         temperature: > 0; 0.1 is the field's.
         group: consecutive pairs of a rank that are contrasted in `batch`, >= 1. The last group may be smaller; the
             loss of a group of one is 0.
-        similarity: `inner` product of the tokens as they are (SPARC) or `cosine`, for the patch weights.
+        similarity: `inner` product of the tokens as they are (SPARC) or `cosine`, for the weights.
         reduction: `report` takes the mean over the words of a report, then over reports with words; `word` over all
-            words.
+            words. For `patch_to_word` they are the same: all images have as many patches.
         shuffled: a negative control, not for use: each image is given the words of the previous report of the rank's
             batch, so that nothing about its content can be learned. Needs at least two pairs a rank.
 
     Raises:
-        SistaError: unknown option, argument out of its range; in `forward`: words without ids where these are needed.
+        SistaError: unknown option, argument out of its range or of another sparsity, `batch` with patches as anchors;
+            in `forward`: words without ids where these are needed.
     """
 
     needs_pooled = False
@@ -98,7 +116,9 @@ class SparseTokenAlignment(nn.Module):
     def __init__(
         self,
         sparsity: str = "threshold",
-        sigma: float | str = 0.5,
+        sigma: float | str | None = None,
+        top: int | None = None,
+        sparsity_temperature: float | None = None,
         direction: str = "word_to_patch",
         negatives: str = "within",
         repeated_words: str = "merge",
@@ -112,13 +132,16 @@ class SparseTokenAlignment(nn.Module):
         shuffled: bool = False,
     ):
         super().__init__()
-        choice("sta", "sparsity", sparsity, ("threshold",))
-        choice("sta", "direction", direction, ("word_to_patch",))
-        self.sigma = None if sigma == "1/N" else number("sta", "sigma", sigma, 0, 1, or_else=', or "1/N"')
+        self.direction = choice("sta", "direction", direction, ("word_to_patch", "patch_to_word", "both"))
         self.negatives = choice("sta", "negatives", negatives, ("within", "batch"))
         self.merge = choice("sta", "repeated_words", repeated_words, ("merge", "separate")) == "merge"
         self.detach_weights = switch("sta", "detach_weights", detach_weights)
         in_batch = self.negatives == "batch"
+        if in_batch and self.direction != "word_to_patch":
+            raise SistaError(
+                f"loss 'sta': direction is {direction!r} with `negatives: batch`, but a patch has no identity by which "
+                "to leave out the images that show the same; use `negatives: within`"
+            )
         self.skip_negated = in_batch if skip_negated is None else switch("sta", "skip_negated", skip_negated)
         self.skip_stop_words = (
             in_batch if skip_stop_words is None else switch("sta", "skip_stop_words", skip_stop_words)
@@ -126,6 +149,8 @@ class SparseTokenAlignment(nn.Module):
         self.temperature = number("sta", "temperature", temperature, 0, above=True)
         self.group = whole("sta", "group", group, 1)
         self.cosine = choice("sta", "similarity", similarity, ("inner", "cosine")) == "cosine"
+        usual = 0.1 if self.cosine else 10.0
+        self.sparse = weighting("sta", sparsity, sigma, top, sparsity_temperature, usual)
         self.reduction = choice("sta", "reduction", reduction, ("report", "word"))
         self.shuffled = switch("sta", "shuffled", shuffled)
         self.stop_ids: Tensor
@@ -136,25 +161,54 @@ class SparseTokenAlignment(nn.Module):
         with torch.autocast(pair.image.local.device.type, enabled=False):
             patches = at_least_float32(pair.image.local)  # B P D
             words = self._words(pair.text)
-            if self.negatives == "within":
-                found = self._within(words, patches)
-            else:
-                words = self._unique(words) if self.merge else words
-                spans = range(0, len(patches), self.group)
-                groups = [
-                    self._across(Words(*(x[i : i + self.group] for x in words)), patches[i : i + self.group])
-                    for i in spans
-                ]
-                found = Alignment(*(torch.cat(parts) for parts in zip(*groups, strict=True)))  # B L
-            loss = self._reduce(found.loss, words.used)
-            count = words.used.sum()
-            contested = words.used & found.contested
-            diagnostics = {
-                "kept_patches": found.kept[words.used].sum() / count.clamp_min(1),
-                "words": count / len(patches),
-                "token_accuracy": found.hit[contested].sum() / contested.sum().clamp_min(1),
-            }
-        return loss, {key: value.detach() for key, value in diagnostics.items()}
+            ways = []
+            if self.direction != "patch_to_word":
+                ways.append(self._word_to_patch(words, patches))
+            if self.direction != "word_to_patch":
+                ways.append(self._patch_to_word(words, patches))
+        logs = {key: value.detach() for _, diagnostics in ways for key, value in diagnostics.items()}
+        return torch.stack([loss for loss, _ in ways]).mean(), logs
+
+    def _word_to_patch(self, words: Words, patches: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of words against patches, (), and what to log."""
+        if self.negatives == "within":
+            found = self._within(words, patches)
+        else:
+            words = self._unique(words) if self.merge else words
+            spans = range(0, len(patches), self.group)
+            groups = [
+                self._across(Words(*(x[i : i + self.group] for x in words)), patches[i : i + self.group]) for i in spans
+            ]
+            found = Alignment(*(torch.cat(parts) for parts in zip(*groups, strict=True)))  # B L
+        count = words.used.sum()
+        contested = words.used & found.contested
+        return self._reduce(found.loss, words.used), {
+            "kept_patches": found.kept[words.used].sum() / count.clamp_min(1),
+            "words": count / len(patches),
+            "token_accuracy": found.hit[contested].sum() / contested.sum().clamp_min(1),
+        }
+
+    def _patch_to_word(self, words: Words, patches: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the patches of an image among themselves, by the words that each groups, and what to log.
+
+        The count of words is the one before repeats are merged, as in the other direction.
+        """
+        said = words.used.sum()
+        words = self._unique(words) if self.merge else words
+        weights = self._weights(patches, words.local, words.used[:, None, :])  # B P L
+        language = weights @ words.local  # B P D
+        logits = F.normalize(patches, dim=2) @ F.normalize(language, dim=2).transpose(1, 2) / self.temperature
+        loss = (logits.logsumexp(2) + logits.logsumexp(1)) / 2 - logits.diagonal(dim1=1, dim2=2)  # B P
+        each = torch.arange(patches.shape[1], device=patches.device)
+        hit = ((logits.argmax(2) == each).float() + (logits.argmax(1) == each).float()) / 2  # B P
+        count = words.used.sum(1)  # B
+        spoken = count > 0
+        reports = spoken.sum().clamp_min(1)
+        return global_mean(loss.mean(1), spoken), {
+            "kept_words": ((weights > 0).sum(2).float().mean(1) / count.clamp_min(1))[spoken].sum() / reports,
+            "words": said / len(patches),
+            "patch_accuracy": hit.mean(1)[spoken].sum() / reports,
+        }
 
     def _words(self, text: Features) -> Words:
         """Choose the words that take part."""
@@ -182,12 +236,11 @@ class SparseTokenAlignment(nn.Module):
         local = _shares(same, words.local.dtype) @ words.local  # B L D
         return Words(local, words.ids, words.used & ~same.tril(-1).any(2))
 
-    def _weights(self, words: Tensor, patches: Tensor) -> Tensor:
-        """Return the sparse weights (..., L, P) of words (..., L, D) over patches (..., P, D)."""
+    def _weights(self, anchors: Tensor, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return the sparse weights (..., M, N) of anchors (..., M, D) over tokens (..., N, D) of the other side."""
         if self.cosine:
-            words, patches = F.normalize(words, dim=-1), F.normalize(patches, dim=-1)
-        sigma = 1 / patches.shape[-2] if self.sigma is None else self.sigma
-        weights = sparse_weights(words @ patches.transpose(-1, -2), sigma)
+            anchors, tokens = F.normalize(anchors, dim=-1), F.normalize(tokens, dim=-1)
+        weights = self.sparse(anchors @ tokens.transpose(-1, -2), valid)
         return weights.detach() if self.detach_weights else weights
 
     def _within(self, words: Words, patches: Tensor) -> Alignment:
@@ -237,28 +290,6 @@ class SparseTokenAlignment(nn.Module):
             return global_mean(loss, used)
         count = used.sum(1)  # B
         return global_mean((loss * used).sum(1) / count.clamp_min(1), count > 0)
-
-
-def sparse_weights(similarity: Tensor, sigma: float) -> Tensor:
-    """Turn similarities into sparse weights: min-max over the patches, threshold, divided by the sum.
-
-    SPARC (arXiv 2401.09865), eq. 2-4, with the threshold relative to the maximum, so that the maximum survives always.
-
-    Args:
-        similarity: (..., P) of a word to the patches.
-        sigma: 0 to 1; patches below `sigma` of the maximum, after min-max, get weight 0.
-
-    Returns:
-        (..., P) >= 0, rows sum to 1; 1 / P each where all similarities are equal up to rounding.
-    """
-    low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
-    rounding = 16 * torch.finfo(similarity.dtype).eps * similarity.detach().abs().amax(-1, keepdim=True)
-    constant = high - low <= rounding
-    above = (similarity - low).masked_fill(constant, 1.0)
-    threshold = (sigma * (high - low)).detach().masked_fill(constant, 0.0)
-    # the division by the range cancels in the division by the sum, so it is left out
-    kept = above.masked_fill(above < threshold, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
 
 
 def _same(words: Words) -> Tensor:

@@ -111,4 +111,4 @@ class ProjectionHead(nn.Module):
     def forward(self, features: Features, tokens: bool = True) -> Features:
         """Project (B, D) and (B, N, D); without `tokens` the local projection is left out and `local` stays raw."""
         local = self.local(features.local, features.mask) if tokens else features.local
-        return Features(self.pooled(features.pooled), local, features.mask, features.ids)
+        return Features(self.pooled(features.pooled), local, features.mask, features.ids, features.attention)

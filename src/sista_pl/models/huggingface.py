@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sista_pl.data.transforms import MEAN, STD
 from sista_pl.errors import SistaError
+from sista_pl.models.attention import watching
 from sista_pl.models.hub import fetch, offline_where_unreachable
 from sista_pl.models.image import IMAGE_ENCODERS, PREFIX, ImageEncoder, Renormalise, TimmEncoder
 from sista_pl.pair import Features
@@ -111,11 +112,15 @@ class HuggingFaceEncoder(SelfContained):
         return found, last.shape[1] - patches
 
     def forward(self, image: Tensor) -> Features:
-        found, prefix = self._run(image)
+        with watching(self.needs_attention) as watched:
+            found, prefix = self._run(image)
         last, pooled = found.last_hidden_state, getattr(found, "pooler_output", None)
         if pooled is None:
             pooled = last[:, 0] if prefix else last.mean(1)
-        return Features(pooled, last[:, prefix:])
+        attention = None
+        if watched is not None and prefix:  # the class token is the first of them
+            attention = watched.weights(f"image encoder {self.name!r}", last.shape[1])[:, prefix:]  # B P
+        return Features(pooled, last[:, prefix:], attention=attention)
 
     def tokens(self, image: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, 1, H, W) → of four blocks the map (B, D, h, w) and the prefix tokens (B, n, D), each normalised."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sista_pl.data.transforms import MEAN, STD
 from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.models.attention import run_once, watching
 from sista_pl.models.hub import offline_where_unreachable
 from sista_pl.models.pyramid import stride_of
 from sista_pl.pair import Features
@@ -30,6 +31,7 @@ class ImageEncoder(nn.Module):
         channels: of each map of `pyramid`.
         strides: of the same, rising; the first is 1, the input itself.
         has_tokens: whether `tokens` works, as it does for vision transformers.
+        needs_attention: whether `forward` gives `attention`, where it can; `ask_attention` sets it.
     """
 
     dim: int
@@ -37,6 +39,19 @@ class ImageEncoder(nn.Module):
     channels: list[int]
     strides: list[int]
     has_tokens = False
+    needs_attention = False
+
+    def ask_attention(self, image_size: int) -> None:
+        """Let `forward` give the attention of the class token to the patches, where the encoder has such a token.
+
+        Args:
+            image_size: side of an input that it takes; it is tried at once.
+
+        Raises:
+            SistaError: a transformer whose attention can't be read.
+        """
+        self.needs_attention = True
+        run_once(self, torch.zeros(1, 1, image_size, image_size))
 
     def forward(self, image: Tensor) -> Features:
         """Encode (B, 1, H, W) images, normalised to [-1, 1], into `pooled` (B, dim) and `local` (B, P, local_dim)."""
@@ -135,6 +150,7 @@ class TimmEncoder(ImageEncoder):
             # convolutions run 1.3 to 1.5 times as fast, on CPUs and on accelerators
             self.model.to(memory_format=torch.channels_last)
         self.has_tokens = hasattr(self.model, "num_prefix_tokens")
+        self.class_token = getattr(self.model, "has_class_token", getattr(self.model, "cls_token", None) is not None)
         training, probe = self.model.training, torch.zeros(1, 1, image_size, image_size)
         try:
             with torch.no_grad():
@@ -168,9 +184,13 @@ class TimmEncoder(ImageEncoder):
     def forward(self, image: Tensor) -> Features:
         image = self.renormalise(image)
         if self.has_tokens:
-            tokens = self.model.forward_features(image)  # B (prefix + P) D
-            pooled = self.model.forward_head(tokens, pre_logits=True)
-            return Features(pooled, tokens[:, self.model.num_prefix_tokens :])
+            with watching(self.needs_attention and self.class_token) as watched:
+                tokens = self.model.forward_features(image)  # B (prefix + P) D
+            pooled, prefix = self.model.forward_head(tokens, pre_logits=True), self.model.num_prefix_tokens
+            attention = None
+            if watched is not None:
+                attention = watched.weights(f"image encoder {self.name!r}", tokens.shape[1])[:, prefix:]  # B P
+            return Features(pooled, tokens[:, prefix:], attention=attention)
         last, maps = self.model.forward_intermediates(image, output_fmt="NCHW")
         stride16 = [m for m in maps if m.shape[-1] >= -(-image.shape[-1] // 16)][-1]
         pooled = self.model.forward_head(last, pre_logits=True)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 
 from sista_pl.errors import SistaError
+from sista_pl.models.attention import run_once, watching
 from sista_pl.models.hub import offline_where_unreachable
 from sista_pl.models.tokens import TokenTable, tokenize
 from sista_pl.pair import Features
@@ -40,7 +41,10 @@ class TextEncoder(nn.Module):
     Attributes:
         dim: D of `pooled`.
         local_dim: D of `local`.
+        needs_attention: whether `forward` gives `attention`; `ask_attention` sets it.
     """
+
+    needs_attention = False
 
     def __init__(
         self,
@@ -77,6 +81,16 @@ class TextEncoder(nn.Module):
             raise SistaError("text encoder: it has no tokenizer yet; fit() trains one, a checkpoint brings one")
         return tokenize(self.tokenizer, texts, self.max_tokens)
 
+    def ask_attention(self) -> None:
+        """Let `forward` give the attention of the first token, [CLS], to the words.
+
+        Raises:
+            SistaError: a model whose attention can't be read.
+        """
+        self.needs_attention = True
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        run_once(self, {"input_ids": ids, "attention_mask": ids + 1, "word_index": ids, "word_ids": ids[:, :1] + 1})
+
     def forward(self, tokens: dict[str, Tensor]) -> Features:
         """Encode a batch of a `TokenTable`.
 
@@ -85,16 +99,24 @@ class TextEncoder(nn.Module):
                 in the report or -1, `word_ids` (B, L) int64 signed word identities, 0 for padding.
 
         Returns:
-            pooled (B, D), local (B, L, D) sums over a word's sub-words, mask and ids (B, L).
+            pooled (B, D), local (B, L, D) sums over a word's sub-words, mask and ids (B, L), and attention (B, L)
+            where it was asked for.
         """
-        hidden = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        real = tokens["attention_mask"].unsqueeze(-1)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        place, length = tokens["word_index"], tokens["word_ids"].shape[1]
+        with watching(self.needs_attention) as watched:
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        attention = None
+        if watched is not None:
+            weights = watched.weights(f"text encoder {self.model.config.model_type!r}", ids.shape[1])  # B T
+            attention = sum_words(weights.unsqueeze(-1), place, length).squeeze(-1)  # B L
+        real = mask.unsqueeze(-1)
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
             pooled = (hidden * real).sum(1) / real.sum(1).clamp_min(1)
-        return Features(pooled, sum_words(hidden, tokens["word_index"], tokens["word_ids"].shape[1]),
-                        tokens["word_ids"] != 0, tokens["word_ids"])  # fmt: skip
+        words = tokens["word_ids"]
+        return Features(pooled, sum_words(hidden, place, length), words != 0, words, attention)
 
     def get_extra_state(self) -> Tensor:
         state = {

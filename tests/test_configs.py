@@ -18,6 +18,8 @@ PHANTOM = ["--data.phantom", "{studies: 80, seed: 3, size: 96, workers: 1}", "--
 
 
 def of_pretraining(name: str) -> bool:
+    if name.startswith("benchmark/"):  # sweeps: tests/test_sweep.py
+        return False
     return name == "pretrain.yaml" or ("/" in name and "TransferDataModule" not in packaged.find(name).read_text())
 
 

@@ -6,12 +6,17 @@ N images, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sista_pl.errors import SistaError, did_you_mean
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 BINS = 15
+BY_CLASS = ("auroc", "auprc", "f1")
 KINDS = ("multilabel", "binary", "multiclass")
 
 
@@ -56,15 +61,55 @@ class Classification:
             elif not (known & ~target).any():
                 self.absent.append(f"{name} has no negative image: no AUROC and average precision")
         self._ranked = [self._rank(k) for k in range(len(self.names))]
+        self._order()
         if self.exclusive:
             self.rows = np.flatnonzero(self.known[:, 0])
             self.chosen, self.right = self.scores[self.rows].argmax(1), self.truth[self.rows].argmax(1)
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame) -> Classification:
+        """Return the family of a table of predictions, as `sista test` writes it, or of the same columns.
+
+        It is `binary` with one class, and `multiclass` where each image of known truth has one class and all scores of
+        each image sum to 1, as those of a softmax do, within 0.01. Thresholds are not in the table: F1 and accuracy are
+        those at 0.5.
+
+        Args:
+            table: `truth_<class>` (1, 0 or empty) and `score_<class>` (in [0, 1]) of each class, one row an image.
+
+        Raises:
+            SistaError: a truth without its score, or the other way round; what is no number; what the class refuses.
+        """
+        columns = [str(column) for column in table]
+        names = [name.removeprefix("truth_") for name in columns if name.startswith("truth_")]
+        alone = {name.removeprefix("score_") for name in columns if name.startswith("score_")} ^ set(names)
+        if alone or not names:
+            odd = min(alone, default="<class>")
+            raise SistaError(f"there is not both truth_{odd} and score_{odd}; each class needs the two columns")
+        truth, scores = (
+            np.column_stack([_numbers(table[f"{side}_{name}"]) for name in names]) for side in ("truth", "score")
+        )
+        known = ~np.isnan(truth).any(1)
+        exclusive = len(names) > 1 and (truth[known].sum(1) == 1).all() and (np.abs(scores.sum(1) - 1) < 0.01).all()
+        return cls(truth, scores, names, "binary" if len(names) == 1 else "multiclass" if exclusive else "multilabel")
 
     def _rank(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return known images by falling score, their truth, and where each run of equal scores ends."""
         rows = np.flatnonzero(self.known[:, k])
         rows = rows[np.argsort(-self.scores[rows, k], kind="stable")]
         return rows, self.truth[rows, k], run_ends(self.scores[rows, k])
+
+    def _order(self) -> None:
+        """Line up the images of all classes: negatives by rising score, and positives with how many they exceed."""
+        parts, negatives, positives = [(np.zeros(0, np.int64),) * 4], [0], [0]
+        for k, (rows, truth, _) in enumerate(self._ranked):
+            lower, upper = rows[~truth][::-1], rows[truth]
+            found = [np.searchsorted(self.scores[lower, k], self.scores[upper, k], side) for side in ("left", "right")]
+            parts.append((lower, upper, *(negatives[-1] + place for place in found)))
+            negatives.append(negatives[-1] + len(lower))
+            positives.append(positives[-1] + len(upper))
+        self._negatives, self._positives, self._below, self._upto = map(np.concatenate, zip(*parts, strict=True))
+        self._negatives_until, self._positives_until = np.array(negatives), np.array(positives)
 
     def figures(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Return the figures by name, one that is not defined left out:
@@ -78,38 +123,61 @@ class Classification:
             weights: (N,) >= 0 of the images; all 1 where not given.
         """
         weights = np.ones(self.size) if weights is None else np.asarray(weights, np.float64)
-        found: dict[str, float] = {}
-        each: dict[str, list[float]] = {"auroc": [], "auprc": [], "f1": []}
-        for k, name in enumerate(self.names):
-            for figure, value in (self._areas(k, weights) | self._f1(k, weights)).items():
-                each[figure].append(value)
-                found[f"{figure}/{name}"] = value
-        found |= {f"{figure}_macro": float(np.mean(values)) for figure, values in each.items() if values}
-        return found | self._accuracy(weights) | self._calibration(weights)
+        each = {figure: self._by_class(figure, weights) for figure in BY_CLASS}
+        found = {f"{figure}/{name}": float(each[figure][k]) for k, name in enumerate(self.names) for figure in BY_CLASS}
+        found |= {f"{figure}_macro": _mean(values) for figure, values in each.items()}
+        found |= {"accuracy": self._accuracy(weights), "ece": self._calibration(weights)}
+        return {name: value for name, value in found.items() if not np.isnan(value)}
 
-    def _areas(self, k: int, weights: np.ndarray) -> dict[str, float]:
+    def figure(self, name: str, weights: np.ndarray | None = None) -> float:
+        """Return one of the `figures`, NaN where it is not defined, and compute no other kind."""
+        weights = np.ones(self.size) if weights is None else np.asarray(weights, np.float64)
+        kind, _, of = name.partition("/")
+        if name.removesuffix("_macro") in BY_CLASS and name not in BY_CLASS:
+            return _mean(self._by_class(name.removesuffix("_macro"), weights))
+        if kind in BY_CLASS and of in self.names:
+            return float(self._by_class(kind, weights)[self.names.index(of)])
+        others = {"accuracy": self._accuracy, "ece": self._calibration}
+        return others[name](weights) if name in others else float("nan")
+
+    def _by_class(self, figure: str, weights: np.ndarray) -> np.ndarray:
+        """Return (K,) `auroc`, `auprc` or `f1`, NaN where it is not defined."""
+        if figure == "auroc":
+            return self._aurocs(weights)
+        of_one = self._auprc if figure == "auprc" else self._f1
+        return np.array([of_one(k, weights) for k in range(len(self.names))])
+
+    def _aurocs(self, weights: np.ndarray) -> np.ndarray:
+        # of each positive: the weight of the negatives below it, and half of those level with it; all classes at once
+        below = _sums(weights[self._negatives])
+        positive = weights[self._positives]
+        won = positive * (below[self._below] + below[self._upto]) / 2
+        starts, ends = self._positives_until[:-1], self._positives_until[1:]
+        total, won = _sums(positive), _sums(won)
+        before = below[self._negatives_until]
+        hits, alarms = total[ends] - total[starts], before[1:] - before[:-1]
+        won = won[ends] - won[starts] - hits * before[:-1]
+        return np.divide(won, hits * alarms, out=np.full(len(hits), np.nan), where=(hits > 0) & (alarms > 0))
+
+    def _auprc(self, k: int, weights: np.ndarray) -> float:
         rows, truth, ends = self._ranked[k]
         w = weights[rows]
-        # equal scores are one step of the curves
+        # equal scores are one step of the curve
         hits, alarms = np.cumsum(w * truth)[ends], np.cumsum(w * ~truth)[ends]
         if not len(rows) or hits[-1] <= 0 or alarms[-1] <= 0:
-            return {}
-        auroc = np.sum(np.diff(alarms, prepend=0) * (hits + np.append(0, hits[:-1])) / 2) / (hits[-1] * alarms[-1])
+            return np.nan
         said = np.maximum(hits + alarms, np.finfo(float).tiny)  # 0 before the first image that has a weight
-        auprc = np.sum(np.diff(hits, prepend=0) * hits / said) / hits[-1]
-        return {"auroc": float(auroc), "auprc": float(auprc)}
+        return float(np.sum(np.diff(hits, prepend=0) * hits / said) / hits[-1])
 
-    def _f1(self, k: int, weights: np.ndarray) -> dict[str, float]:
+    def _f1(self, k: int, weights: np.ndarray) -> float:
         if self.exclusive:
             w, said, true = weights[self.rows], self.chosen == k, self.right == k
         else:
             known = self.known[:, k]
             w, said, true = weights[known], self.scores[known, k] >= self.thresholds[k], self.truth[known, k]
-        if w @ true <= 0:
-            return {}
-        return {"f1": float(2 * (w @ (said & true)) / (w @ said + w @ true))}
+        return float(2 * (w @ (said & true)) / (w @ said + w @ true)) if w @ true > 0 else np.nan
 
-    def _accuracy(self, weights: np.ndarray) -> dict[str, float]:
+    def _accuracy(self, weights: np.ndarray) -> float:
         if self.exclusive:
             right, known = self.chosen == self.right, np.ones(len(self.rows), bool)
             weights = weights[self.rows]
@@ -117,9 +185,9 @@ class Classification:
             right = (((self.scores >= self.thresholds) == self.truth) & self.known).sum(1)
             known = self.known.sum(1)
         total = weights @ known
-        return {"accuracy": float(weights @ right / total)} if total > 0 else {}
+        return float(weights @ right / total) if total > 0 else np.nan
 
-    def _calibration(self, weights: np.ndarray) -> dict[str, float]:
+    def _calibration(self, weights: np.ndarray) -> float:
         if self.exclusive:
             score = self.scores[self.rows].max(1, initial=0)
             values = [calibration_error(score, self.chosen == self.right, weights[self.rows])]
@@ -128,8 +196,7 @@ class Classification:
                 calibration_error(self.scores[known, k], self.truth[known, k], weights[known])
                 for k, known in enumerate(self.known.T)
             ]
-        defined = [value for value in values if value is not None]
-        return {"ece": float(np.mean(defined))} if defined else {}
+        return _mean(np.array([np.nan if value is None else value for value in values]))
 
 
 def _check(truth: np.ndarray, scores: np.ndarray, names: list[str], kind: str) -> None:
@@ -150,6 +217,26 @@ def _check(truth: np.ndarray, scores: np.ndarray, names: list[str], kind: str) -
         raise SistaError(f"{bad} of {truth.size} labels are not 1, 0 or NaN; map the uncertain ones first")
     if kind == "multiclass" and (bad := int((truth[known.all(1)].sum(1) != 1).sum())):
         raise SistaError(f"{bad} of {len(truth)} images have no class or several; multiclass needs one each")
+
+
+def _numbers(column: pd.Series) -> np.ndarray:
+    try:
+        return column.to_numpy(np.float64)
+    except (TypeError, ValueError) as why:
+        raise SistaError(f"column {column.name} holds no numbers ({why}); give truth as 1, 0 or empty") from None
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """(N,) → (N + 1,) the sums of the first 0, 1, … N."""
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return sums
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of those that are defined, NaN without any."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else np.nan
 
 
 def run_ends(scores: np.ndarray) -> np.ndarray:

@@ -5,17 +5,23 @@ N images, K classes, M true boxes and D detections (of one image, or of one clas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sista_pl.errors import SistaError
 from sista_pl.metrics.classification import run_ends
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # by linspace, as pycocotools has them: 0.6 written out is another number
 IOUS = np.concatenate([np.linspace(0.4, 0.45, 2), np.linspace(0.5, 0.95, 10)])
 COCO, LOW, HALF, HIT = slice(2, 12), slice(0, 8), slice(2, 3), 0  # of IOUS: .50-.95, .40-.75, .50, and FROC's .40
+AVERAGES = {"map_coco": COCO, "map_40_75": LOW, "ap_50": HALF}
 RECALLS = np.linspace(0, 1, 101)
 RATES = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # false positives an image
 MOST = 100  # detections of one class in one image; the surest count
@@ -123,6 +129,41 @@ class Detection:
         if len(self.absent) == len(self.names):
             self.absent = ["no image has a true box: no mAP, FROC and sensitivity"]
 
+    @classmethod
+    def from_table(cls, table: pd.DataFrame) -> Detection:
+        """Return the family of a table of predictions, as `sista test` writes it.
+
+        Boxes are rounded there, so that figures may differ from those of the test in the fourth decimal.
+
+        Args:
+            table: `truth_boxes` and `predicted_boxes`, one row an image, each a JSON list of `{"category", "x", "y",
+                "w", "h"}`, and `"score"` where predicted.
+
+        Raises:
+            SistaError: no such list; what the class itself refuses.
+        """
+        try:
+            sides = [[json.loads(text) for text in table[column]] for column in ("truth_boxes", "predicted_boxes")]
+            names = sorted({str(box["category"]) for side in sides for boxes in side for box in boxes})
+            place = {name: k for k, name in enumerate(names)}
+            corners = [[np.array([[float(box[key]) for key in "xywh"] for box in boxes]) for boxes in side]
+                       for side in sides]  # fmt: skip
+            labels = [[np.array([place[str(box["category"])] for box in boxes]) for boxes in side] for side in sides]
+            scores = [np.array([float(box["score"]) for box in boxes]) for boxes in sides[1]]
+        except (KeyError, TypeError, ValueError) as why:
+            raise SistaError(f"the columns of boxes hold no JSON of category, x, y, w, h, score ({why!r})") from None
+        return cls(corners[0], labels[0], corners[1], labels[1], scores, names)
+
+    def figure(self, name: str, weights: np.ndarray | None = None) -> float:
+        """Return one of the `figures`, NaN where it is not defined; of average precisions it computes no more."""
+        kind, _, of = name.partition("/")
+        if kind not in AVERAGES or (of and len(self.names) == 1):
+            return self.figures(weights).get(name, float("nan"))
+        w = np.ones(self.size) if weights is None else np.asarray(weights, np.float64)
+        chosen = [self.ranked[k] for k, each in enumerate(self.names) if of in ("", each)]
+        values = [p[AVERAGES[kind]].mean() for each in chosen if (p := each.precision(w)) is not None]
+        return float(np.mean(values)) if values else float("nan")
+
     def figures(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Return by name, each the mean over the classes that have a true box, what is not defined left out:
 
@@ -150,8 +191,7 @@ class Detection:
             if precision is None or curve is None:
                 continue
             rates.append(_sensitivity(*curve))
-            values = {"map_coco": precision[COCO], "map_40_75": precision[LOW], "ap_50": precision[HALF],
-                      "froc": rates[-1]}  # fmt: skip
+            values = {figure: precision[ious] for figure, ious in AVERAGES.items()} | {"froc": rates[-1]}
             for figure, value in values.items():
                 each.setdefault(figure, []).append(float(value.mean()))
                 if len(self.names) > 1:

@@ -6,10 +6,14 @@ N images, K classes, H W pixels; counts are of pixels, ignored ones left out bef
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sista_pl.errors import SistaError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 IGNORED, OBJECT = 127, 255
 
@@ -53,6 +57,30 @@ class Segmentation:
                 self.absent.append(f"no image has an object{of}: no {lost}")
             elif positive.all():
                 self.absent.append(f"every image has an object{of}: no empty_specificity")
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame) -> Segmentation:
+        """Return the family of a table of predictions, as `sista test` writes it.
+
+        Args:
+            table: `intersection_pixels`, `predicted_pixels` and `truth_pixels`, one row an image, one object class.
+
+        Raises:
+            SistaError: a count is no number, or more pixels are in both masks than in one of them.
+        """
+        try:
+            both, predicted, truth = (
+                table[f"{name}_pixels"].to_numpy(np.float64) for name in ("intersection", "predicted", "truth")
+            )
+        except (TypeError, ValueError) as why:
+            raise SistaError(f"the columns of pixels hold no numbers ({why}); give counts") from None
+        if bad := int((~((both >= 0) & (both <= predicted) & (both <= truth))).sum()):
+            raise SistaError(f"{bad} of {len(table)} rows have more intersection_pixels than a mask has; check them")
+        return cls(both, predicted, truth)
+
+    def figure(self, name: str, weights: np.ndarray | None = None) -> float:
+        """Return one of the `figures`, NaN where it is not defined."""
+        return self.figures(weights).get(name, float("nan"))
 
     def figures(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Return by name, what is not defined left out:

@@ -1,0 +1,255 @@
+"""`sista sweep`: methods x seeds x tasks x label fractions from one YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sista_pl import runs
+from sista_pl.errors import SistaError
+from sista_pl.sweep import Book, Cell, Sweep, read_sweep
+
+_HELP = """\
+Pre-train each method with each seed, take each encoder through each task with each share of the labels, and compare.
+A sweep that was stopped goes on where it was: finished cells are left alone, a started training resumes.
+
+  sista sweep --config benchmark/smoke.yaml
+  sista sweep --config mine.yaml --cell 3/12      # one task of an array job: a share of the pre-trainings, all it needs
+  sista sweep --config mine.yaml --dry_run        # the commands, and which of them are done
+
+The file:
+  pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 7}}
+  methods:
+    random: null                                  # no pre-training
+    clip: {config: method/clip.yaml}
+    sista: {config: method/sia_sta_batch.yaml}
+  tasks:
+    cls_chexpert: {config: cls_chexpert.yaml}
+  fractions: [0.01, 0.1, 1.0]
+  seeds: [0, 1, 2]
+  reference: clip
+
+Its folder then holds cells.csv (a line a cell, what `sista compare --table` reads), figures.csv (each figure of each
+test with its interval), compare.md, and the runs, each of them an MLflow run, too.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run `sista sweep` and return the exit code."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sista sweep", description=_HELP, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("-c", "--config", required=True, help="the sweep: a file, or the name of a packaged one")
+    parser.add_argument("--out", type=Path, help="folder of the sweep (default: sweeps/NAME)")
+    parser.add_argument("--cell", default="0/1", metavar="I/N", help="the I-th of N shares, from 0, for an array job")
+    parser.add_argument("--jobs", type=int, help="cells at once (default: one a GPU, else one a CPU core, at most 8)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--keep_going", action="store_true", help="go on with the others where a cell fails")
+    options = parser.parse_args(argv)
+    sweep = read_sweep(options.config)
+    book = Book(options.out or Path("sweeps") / sweep.name)
+    part = _part(options.cell)
+    if options.dry_run:
+        return _tell(sweep, book, part)
+    if options.jobs is not None and options.jobs < 1:
+        raise SistaError(f"sweep: --jobs is {options.jobs}; give at least 1")
+    devices = _devices()
+    jobs = options.jobs or devices or min(os.cpu_count() or 1, 8)
+    failed = _Run(sweep, book, jobs, devices, options.keep_going).all(sweep.cells(part))
+    _show(sweep, book)
+    if failed:
+        cell, why = failed[0]
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise SistaError(f"sweep: {cell.name} failed{more}: {why}; see {book.log(cell)}, mend it and run again")
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise SistaError(f"sweep: --cell is {text!r}; give I/N with 0 <= I < N, as 0/12")
+    return int(index), int(count)
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _tell(sweep: Sweep, book: Book, part: tuple[int, int]) -> int:
+    """Print what a sweep would do."""
+    for cell in sweep.cells(part):
+        if book.mark(cell).is_file():
+            print(f"# {cell.name}: done")
+            continue
+        try:
+            commands = sweep.commands(cell, book.runs)
+        except SistaError:
+            print(f"# {cell.name}: once {Cell(cell.method, cell.seed).name} has an encoder")
+            continue
+        for command in commands:
+            print("sista " + " ".join(_quoted(word) for word in command))
+    return 0
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+class _Run:
+    """Runs cells as child processes, each after the pre-training that it needs."""
+
+    def __init__(self, sweep: Sweep, book: Book, jobs: int, devices: int, keep_going: bool):
+        self.sweep, self.book, self.jobs, self.keep_going = sweep, book, jobs, keep_going
+        self.free = deque(range(devices))
+        self.failed: list[tuple[Cell, str]] = []
+        self.stop = threading.Event()
+        self.children: set[subprocess.Popen] = set()
+
+    def all(self, cells: list[Cell]) -> list[tuple[Cell, str]]:
+        """Run what is not done yet; return what failed, and why."""
+        waiting = [cell for cell in cells if not self.ready(cell) or not self.book.done(self.sweep, cell)]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar, ThreadPoolExecutor(self.jobs) as pool:
+            told = bar.add_task("cells", total=len(cells), completed=len(cells) - len(waiting))
+            running: dict = {}
+            try:
+                while waiting or running:
+                    for cell in [c for c in waiting if self.ready(c)][: self.jobs - len(running)]:
+                        waiting.remove(cell)
+                        running[pool.submit(self.one, cell)] = cell
+                    if not running:
+                        break  # the rest needs an encoder that failed
+                    bar.update(told, description=", ".join(cell.name for cell in running.values()))
+                    ended, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+                    for job in ended:
+                        cell = running.pop(job)
+                        if why := job.result():
+                            self.failed.append((cell, why))
+                        else:
+                            bar.advance(told)
+                            self.book.write_table(self.sweep)
+                    if self.failed and not self.keep_going:
+                        waiting = []
+            except KeyboardInterrupt:
+                self.stop.set()
+                for child in list(self.children):
+                    child.terminate()
+                raise
+        return self.failed
+
+    def ready(self, cell: Cell) -> bool:
+        """Whether the encoder that a task needs is there."""
+        if cell.task is None or self.sweep.methods[cell.method] is None:
+            return True
+        return self.book.mark(Cell(cell.method, cell.seed)).is_file()
+
+    def one(self, cell: Cell) -> str:
+        """Run a cell's commands; return why it failed, or nothing."""
+        if self.book.done(self.sweep, cell):
+            return ""
+        began, log = time.monotonic(), self.book.log(cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for command in self.sweep.commands(cell, self.book.runs):
+            with log.open("ab") as sink, self.prepared(cell) as release:
+                code = self.child(cell, self.resumed(cell, command), sink, release)
+            if code:
+                return _last_line(log)
+        self.book.finish(self.sweep, cell, time.monotonic() - began)
+        return ""
+
+    def resumed(self, cell: Cell, command: list[str]) -> list[str]:
+        """Let a training that was stopped go on from its last checkpoint."""
+        try:
+            runs.find_checkpoint(self.book.runs, cell.name, "last")
+        except SistaError:
+            return command
+        return [*command, "--ckpt_path", "last"] if command[0] == "fit" else command
+
+    def child(self, cell: Cell, command: list[str], sink, release) -> int:
+        device = self.free.popleft() if self.free else None
+        environment = dict(os.environ)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        elif self.jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        experiment = ["--trainer.logger.init_args.experiment_name", self.sweep.name]
+        quiet = ["--trainer.enable_progress_bar", "false", *experiment]
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "sista_pl", *command, *quiet], stdout=sink, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, env=environment,
+            )  # fmt: skip
+            self.children.add(child)
+            while child.poll() is None and not self.stop.is_set():
+                time.sleep(0.2)
+                if (found := runs.runs_of(self.book.runs, cell.name)) and (found[-1] / "config.yaml").is_file():
+                    release()
+            return child.wait()
+        finally:
+            self.children.discard(child)
+            if device is not None:
+                self.free.append(device)
+
+    @contextmanager
+    def prepared(self, cell: Cell) -> Iterator:
+        """Let one cell of a kind draw and prepare its data alone; once it trains, the others may."""
+        mark = self.book.root / "prepared" / (cell.task or "pretrain")
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        with mark.with_suffix(".lock").open("w") as lock:
+            if not mark.is_file():
+                fcntl.flock(lock, fcntl.LOCK_EX)
+
+            def release() -> None:
+                mark.touch()
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+            if mark.is_file():
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            yield release
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return (lines or ["it said nothing"])[-1].removeprefix("sista: ")[:300]
+
+
+def _show(sweep: Sweep, book: Book) -> None:
+    """Print a table of what is done, and compare the methods where there is more than one."""
+    from rich.table import Table
+
+    cells = sweep.cells()
+    done = [cell for cell in cells if book.mark(cell).is_file()]
+    console = Console()
+    console.print(f"{len(done)} of {len(cells)} cells done: {book.root}", soft_wrap=True)
+    if not done:
+        return
+    path = book.write_table(sweep)
+    figures = book.table(sweep)
+    pretrained = figures[(figures["task"] == "pretrain") & (figures["metric"] == "R_mean")]
+    if len(pretrained):
+        table = Table("method", "seeds", "R_mean, mean over seeds", title="retrieval of the test split")
+        for method, rows in pretrained.groupby("method", sort=False):
+            table.add_row(str(method), str(len(rows)), f"{rows['value'].mean():.3f}")
+        console.print(table)
+    tested = {cell.method for cell in done if cell.task is not None}
+    if len(tested) > 1:
+        from sista_pl.commands.compare import main as compare
+
+        reference = ["--reference", sweep.reference] if sweep.reference in tested else []
+        compare(["--table", str(path), "--out", str(book.root), *reference])

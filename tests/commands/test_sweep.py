@@ -1,0 +1,183 @@
+"""`sista sweep`: what runs, when, and what is left after a stop."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sista_pl.cli import main
+from sista_pl.commands import sweep as command
+from sista_pl.runs import new_run
+
+SWEEP = """
+methods: {random: null, clip: {config: method/clip.yaml}}
+tasks: {siim: {config: seg_siim.yaml}}
+fractions: [0.1, 1.0]
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def file(workdir, monkeypatch) -> Path:
+    path = Path("mine.yaml")
+    path.write_text(SWEEP)
+    monkeypatch.setattr(command, "_show", lambda sweep, book: None)
+    return path
+
+
+def stand_in(ran: list[str], broken: str = "", gate: threading.Barrier | None = None):
+    """Return a child process's stand-in: it leaves what the command would, or fails."""
+
+    def child(self, cell, words, sink, release) -> int:
+        ran.append(f"{words[0]} {cell.name}{' resumed' if '--ckpt_path' in words else ''}")
+        if gate is not None:
+            gate.wait(timeout=20)
+        if cell.name == broken:
+            sink.write(b"starting\nsista: data: no images\n")
+            return 2
+        if words[0] == "fit" and "--ckpt_path" not in words:
+            run = new_run(self.book.runs, cell.name)
+            (run / "checkpoints").mkdir()
+            for name in ("best", "last"):
+                (run / "checkpoints" / f"{name}.ckpt").touch()
+        elif words[0] == "test":
+            test = self.book.runs / cell.name / "0001" / "test"
+            test.mkdir()
+            (test / "metrics.json").write_text(json.dumps({"intervals": {}}))
+        return 0
+
+    return child
+
+
+def test_pretrainings_come_before_their_tasks_and_nothing_runs_twice(file, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    assert len(ran) == len(set(ran)) == 2 * (2 * 2 * 2 + 2)  # fit and test of eight task cells and two pre-trainings
+    for seed in (0, 1):
+        assert ran.index(f"test clip-{seed}") < ran.index(f"fit clip-{seed}-siim-0.1")
+    ran.clear()
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    assert ran == []
+
+
+def test_a_failure_stops_the_sweep_and_says_why_and_mended_it_goes_on(file, monkeypatch, capsys):
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran, broken="clip-0"))
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("sista: sweep: clip-0 failed: data: no images; see sweeps/mine/logs/clip-0.log")
+    assert ran[-1] == "fit clip-0"
+    before = list(ran)
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    assert not set(ran[len(before) :]) & set(before[:-1])  # what had ended was left alone
+
+
+def test_keep_going_leaves_out_only_what_needs_the_failed_cell(file, monkeypatch, capsys):
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran, broken="clip-0"))
+    assert main(["sweep", "--config", str(file), "--jobs", "1", "--keep_going"]) == 2
+    assert "fit clip-1-siim-1" in ran
+    assert not any(name.startswith("fit clip-0-") for name in ran)
+    assert "clip-0 failed" in capsys.readouterr().err
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_last_checkpoint(file, monkeypatch):
+    checkpoints = Path("sweeps/mine/runs/clip-0/0001/checkpoints")
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.ckpt").touch()
+    (checkpoints / "best.ckpt").touch()
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    assert main(["sweep", "--config", str(file), "--jobs", "1", "--cell", "1/4"]) == 0
+    assert ran[0] == "fit clip-0 resumed"
+    assert "fit clip-0-siim-0.1" in ran
+
+
+def test_cells_run_at_once(file, monkeypatch):
+    Path("sweeps/mine/prepared").mkdir(parents=True)
+    for kind in ("pretrain", "siim"):
+        (Path("sweeps/mine/prepared") / kind).touch()
+    ran: list[str] = []
+    # no child goes on before a second one has started
+    monkeypatch.setattr(command._Run, "child", stand_in(ran, gate=threading.Barrier(2)))
+    assert main(["sweep", "--config", str(file), "--jobs", "2", "--cell", "0/2"]) == 0
+    assert len(ran) == 2 * 4
+
+
+def test_the_first_of_a_kind_prepares_its_data_alone(file, monkeypatch):
+    inside, most = [0], [0]
+    usual = stand_in([])
+
+    def child(self, cell, words, sink, release):
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        threading.Event().wait(0.05)
+        inside[0] -= 1
+        return usual(self, cell, words, sink, release)
+
+    monkeypatch.setattr(command._Run, "child", child)
+    assert main(["sweep", "--config", str(file), "--jobs", "2", "--cell", "0/2"]) == 0
+    assert most[0] == 1  # nobody said that the data are there
+
+
+def test_a_dry_run_prints_the_commands(file, capsys):
+    assert main(["sweep", "--config", str(file), "--dry_run", "--cell", "1/4"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("sista fit --config pretrain.yaml --config method/clip.yaml --name clip-0")
+    assert said[-1] == "# clip-0-siim-1: once clip-0 has an encoder"
+    assert not Path("sweeps").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "nothing.yaml"], "config 'nothing.yaml': no such file"),
+        (["--config", "mine.yaml", "--cell", "4/4"], "--cell is '4/4'"),
+        (["--config", "mine.yaml", "--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_a_mistake_is_one_line(file, capsys, words, said):
+    assert main(["sweep", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_as_a_user_runs_it(workdir, monkeypatch):
+    """Two methods, a task, one seed: killed in the middle, run again, compared."""
+    import os
+    import signal
+    import subprocess
+    import time
+
+    Path("small.yaml").write_text("""
+pretrain:
+  config: pretrain.yaml
+  options:
+    {trainer.max_epochs: 1, data.phantom: {studies: 120, seed: 0}, data.batch_size: 16, model.pool: 8, data.crop: 64}
+methods: {random: null, clip: {config: method/clip.yaml}}
+tasks:
+  cls_chexpert:
+    config: cls_chexpert.yaml
+    options: {data.phantom: {studies: 300, seed: 1}, model.draws: 50, data.crop: 64}
+fractions: [0.5]
+""")
+    sweep = [sys.executable, "-m", "sista_pl", "sweep", "--config", "small.yaml", "--jobs", "2"]
+    child = subprocess.Popen(sweep, start_new_session=True)
+    marks = Path("sweeps/small/done")
+    while child.poll() is None and not list(marks.glob("*.json")):
+        time.sleep(0.1)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    first = {path: path.read_bytes() for path in marks.glob("*.json")}
+    subprocess.run(sweep, check=True)
+    assert len(list(marks.glob("*.json"))) == 3
+    assert all(path.read_bytes() == told for path, told in first.items())
+    cells = pd.read_csv("sweeps/small/cells.csv")
+    assert cells["method"].tolist() == ["random", "clip"]
+    assert all((Path("sweeps/small") / path).is_file() for path in cells["predictions"])
+    assert "random" in Path("sweeps/small/compare.md").read_text()

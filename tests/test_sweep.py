@@ -1,0 +1,147 @@
+"""A sweep's file, its cells and what it remembers of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sista_pl import packaged
+from sista_pl.errors import SistaError
+from sista_pl.sweep import Book, Cell, read_sweep
+
+SWEEP = """
+pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 2, data.phantom: {studies: 60, seed: 0}}}
+methods:
+  random: null
+  clip: {config: method/clip.yaml, options: {model.lr: 0.002, data.augment: false}}
+tasks:
+  chexpert: {config: cls_chexpert.yaml, fractions: [0.01]}
+  siim: {config: seg_siim.yaml}
+fractions: [0.1, 1.0]
+seeds: [0, 7]
+reference: clip
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+def finish(book: Book, sweep, cell: Cell, value: float = 0.5) -> None:
+    """Put down what the commands of a cell would leave."""
+    run = book.runs / cell.name / "0001"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "best.ckpt").touch()
+    (run / "test").mkdir()
+    figure = {"value": value, "interval95": [value - 0.1, value + 0.1], "n": 9}
+    (run / "test" / "metrics.json").write_text(json.dumps({"intervals": {"test/auroc_macro": figure}}))
+    if cell.task is not None:
+        (run / "test" / "predictions.parquet").touch()
+    book.finish(sweep, cell, 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in packaged.names() if name.startswith("benchmark/")])
+def test_every_packaged_sweep_can_be_read(name, tmp_path):
+    sweep = read_sweep(name)
+    for cell in sweep.cells():
+        if cell.task is None:
+            assert sweep.commands(cell, tmp_path)[0][:3] == ["fit", "--config", sweep.pretrain.config[0]]
+
+
+def test_cells_of_a_sweep(file):
+    sweep = read_sweep(str(file))
+    names = [cell.name for cell in sweep.cells()]
+    tasks = ["chexpert-0.01", "siim-0.1", "siim-1"]
+    wanted = [
+        name for seed in (0, 7) for name in
+        [*(f"random-{seed}-{t}" for t in tasks), f"clip-{seed}", *(f"clip-{seed}-{t}" for t in tasks)]
+    ]  # fmt: skip
+    assert names == wanted  # nothing is pre-trained for `random`
+    assert sweep.name == "mine"
+
+
+def test_shares_of_an_array_job_are_all_cells_once_and_need_no_other(file):
+    sweep = read_sweep(str(file))
+    shares = [sweep.cells((i, 3)) for i in range(3)]
+    assert sorted(c.name for share in shares for c in share) == sorted(c.name for c in sweep.cells())
+    for share in shares:
+        for cell in share:
+            if cell.task is not None and cell.method != "random":
+                assert Cell(cell.method, cell.seed) in share[: share.index(cell)]
+
+
+def test_commands_name_all_configurations_before_any_option(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    fit, test = sweep.commands(Cell("clip", 7), book.runs)
+    assert fit[0] == "fit"
+    assert test == ["test", *fit[1:]]
+    assert fit[1:5] == ["--config", "pretrain.yaml", "--config", "method/clip.yaml"]
+    assert fit[5:] == [
+        "--trainer.max_epochs", "2", "--data.phantom", '{"studies": 60, "seed": 0}', "--model.lr", "0.002",
+        "--data.augment", "false", "--name", "clip-7", "--run_root", str(book.runs), "--seed_everything", "7",
+    ]  # fmt: skip
+
+
+def test_a_task_takes_the_encoder_of_its_method_and_seed(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    task = Cell("clip", 7, "siim", 0.1)
+    with pytest.raises(SistaError, match="clip-7: no best checkpoint"):
+        sweep.commands(task, book.runs)
+    finish(book, sweep, Cell("clip", 7))
+    fit, _ = sweep.commands(task, book.runs)
+    assert fit[-2:] == ["--model.weights", str(book.runs / "clip-7/0001/checkpoints/best.ckpt")]
+    assert "--data.label_fraction 0.1 --data.fraction_seed 7" in " ".join(fit)
+    assert "--model.weights" not in sweep.commands(Cell("random", 7, "siim", 0.1), book.runs)[0]
+
+
+def test_a_finished_cell_is_not_made_again_and_not_taken_for_another(file, tmp_path):
+    sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("random", 0, "siim", 1.0)
+    assert not book.done(sweep, cell)
+    finish(book, sweep, cell)
+    assert book.done(sweep, cell)
+    file.write_text(SWEEP.replace("seg_siim.yaml", "seg_rsna.yaml"))
+    with pytest.raises(SistaError, match=r"random-0-siim-1 in .* another command \(seg_siim.yaml there, seg_rsna.yaml"):
+        book.done(read_sweep(str(file)), cell)
+
+
+def test_the_tables(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    assert book.table(sweep).empty
+    finish(book, sweep, Cell("clip", 0), 0.25)
+    finish(book, sweep, Cell("clip", 0, "siim", 0.1), 0.75)
+    path = book.write_table(sweep)
+    assert path.read_text().splitlines() == [
+        "method,task,fraction,seed,predictions",
+        "clip,siim,0.1,0,runs/clip-0-siim-0.1/0001/test/predictions.parquet",
+    ]
+    told = (book.root / "figures.csv").read_text().splitlines()
+    assert told[1].startswith("clip,pretrain,,0,auroc_macro,0.25,0.15,0.35,")
+    assert told[2].startswith("clip,siim,0.1,0,auroc_macro,0.75,0.65,0.85,runs/")
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("methods:", "method:", "unknown key 'method'; did you mean methods"),
+        ("method/clip.yaml", "method/clipp.yaml", "did you mean method/clip.yaml"),
+        ("clip: {config", "cl/ip: {config", "the name 'cl/ip'"),
+        ("options: {model.lr: 0.002, data.augment: false}", "option: {}", "methods: clip: unknown key 'option'"),
+        ("options: {model.lr: 0.002, data.augment: false}", "options: 3", "options is 3"),
+        ("siim: {config: seg_siim.yaml}", "siim: {}", "siim has no config"),
+        ("[0.1, 1.0]", "[10]", r"fractions is \[10\]"),
+        ("[0.01]", "[]", r"chexpert: fractions is \[\]"),
+        ("[0, 7]", "[0, 0]", "give each once"),
+        ("[0, 7]", "1", "seeds is 1"),
+        ("reference: clip", "reference: clop", "unknown method 'clop'; did you mean clip"),
+        ("methods:", "methods: [", "not YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(file, before, after, said):
+    file.write_text(SWEEP.replace(before, after))
+    with pytest.raises(SistaError, match=said) as why:
+        read_sweep(str(file))
+    assert "\n" not in str(why.value)

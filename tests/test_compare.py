@@ -538,7 +538,7 @@ def test_intervals_cover_and_the_test_holds_its_level(clustered):
     rng, true = np.random.default_rng(2), stats.norm.cdf(1.2 / np.sqrt(2))
     covered = covered_difference = rejected = 0
     for n in range(1000):
-        first, second = compare([study(rng, clustered)], draws=400, seed=n).rows
+        first, second = compare([study(rng, clustered)], draws=200, seed=n).rows
         covered += first["low"] <= true <= first["high"]
         covered_difference += second["difference_low"] <= 0 <= second["difference_high"]
         rejected += second["p"] <= 0.05

@@ -107,6 +107,16 @@ def test_a_finished_cell_is_not_made_again_and_not_taken_for_another(file, tmp_p
         book.done(read_sweep(str(file)), cell)
 
 
+def test_a_sweep_that_was_moved_goes_on(file, tmp_path):
+    sweep, cell, task = read_sweep(str(file)), Cell("clip", 0), Cell("clip", 0, "siim", 1.0)
+    book = Book(tmp_path / "out")
+    for each in (cell, task):
+        finish(book, sweep, each)
+    moved = Book((tmp_path / "out").rename(tmp_path / "elsewhere"))
+    assert moved.done(sweep, cell)
+    assert moved.done(sweep, task)
+
+
 def test_the_tables(file, tmp_path):
     sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
     assert book.table(sweep).empty

@@ -239,7 +239,7 @@ class Book:
         mark = self.mark(cell)
         if not mark.is_file():
             return False
-        made, wanted = json.loads(mark.read_text())["commands"], sweep.commands(cell, self.runs)
+        made, wanted = json.loads(mark.read_text())["commands"], self.recorded(sweep, cell)
         if made != wanted:
             odd = next((pair for pair in zip(chain(*made), chain(*wanted), strict=False) if pair[0] != pair[1]), None)
             told = f" ({odd[0]} there, {odd[1]} now)" if odd else ""
@@ -249,11 +249,16 @@ class Book:
             )
         return True
 
+    def recorded(self, sweep: Sweep, cell: Cell) -> list[list[str]]:
+        """Return a cell's commands as a mark keeps them: wherever the sweep's folder lies, and however it is called."""
+        here = str(self.root)
+        return [[word.replace(here, "OUT") for word in command] for command in sweep.commands(cell, self.runs)]
+
     def finish(self, sweep: Sweep, cell: Cell, seconds: float) -> None:
         """Mark a cell as done."""
         mark = self.mark(cell)
         mark.parent.mkdir(parents=True, exist_ok=True)
-        told = {"commands": sweep.commands(cell, self.runs), "seconds": round(seconds, 1)}
+        told = {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)}
         partial = mark.with_suffix(".partial")
         partial.write_text(json.dumps(told, indent=2) + "\n")
         partial.replace(mark)

@@ -166,6 +166,8 @@ class _Run:
         began, log = time.monotonic(), self.book.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
         for command in self.sweep.commands(cell, self.book.runs):
+            if self.stop.is_set():
+                return "stopped"
             with log.open("ab") as sink, self.prepared(cell) as release:
                 code = self.child(cell, self.resumed(cell, command), sink, release)
             if code:
@@ -188,8 +190,9 @@ class _Run:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
         elif self.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        experiment = ["--trainer.logger.init_args.experiment_name", self.sweep.name]
-        quiet = ["--trainer.enable_progress_bar", "false", *experiment]
+        quiet = ["--trainer.enable_progress_bar", "false"]
+        if not any(word.startswith("--trainer.logger") for word in command):
+            quiet += ["--trainer.logger.init_args.experiment_name", self.sweep.name]
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", "sista_pl", *command, *quiet], stdout=sink, stderr=subprocess.STDOUT,

@@ -59,6 +59,31 @@ def test_labels_in_the_asked_order_beside_their_reports(phantom_store):
     assert "labels" not in next(iter(plain.val_dataloader()))
 
 
+def test_shuffled_reports_are_those_of_other_training_images(phantom_store):
+    names = ["Edema", "No Finding"]
+    plain, control = module(phantom_store, labels=names), module(phantom_store, labels=names, shuffled_reports=True)
+    for data in (plain, control):
+        data.setup("fit")
+    train = plain.rows["train"]
+    assert control.rows["train"].tolist() == train.tolist()
+    assert sorted(control.report_ids[train]) == sorted(plain.report_ids[train])
+    moved = control.report_ids[train] != plain.report_ids[train]
+    assert moved.mean() > 0.8  # what stays has the same words as its neighbour in the ring
+    for split in ("val", "test"):
+        rows = plain.rows[split]
+        assert np.array_equal(control.report_ids[rows], plain.report_ids[rows])
+        assert np.array_equal(control.labels[rows], plain.labels[rows], equal_nan=True)
+    # the labels are still those of the report
+    pairs = [
+        sorted(
+            (report, *map(str, labels))
+            for report, labels in zip(data.report_ids[train], data.labels[train], strict=True)
+        )
+        for data in (plain, control)
+    ]
+    assert pairs[0] == pairs[1]
+
+
 def test_an_unknown_label_is_one_line(phantom_store):
     with pytest.raises(SistaError, match=r"has no label 'Edma'; did you mean Edema\?$"):
         module(phantom_store, labels=["Pneumonia", "Edma"]).setup("fit")

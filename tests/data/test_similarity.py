@@ -40,6 +40,15 @@ def test_offset_and_shares_equal_the_double_loop(source: str) -> None:
     assert sorted(got.sample.ravel()) == pytest.approx(sorted((np.array(s) - got.offset) / (1 - got.offset)), abs=1e-5)
 
 
+@pytest.mark.parametrize("of", ["findings", {"name": "tfidf", "dimensions": 3}])
+def test_permuted_gives_each_vector_to_one_report_and_not_its_own(of) -> None:
+    plain, permuted = fit_similarity(REPORTS, TRAIN, of), fit_similarity(REPORTS, TRAIN, {"name": "permuted", "of": of})
+    assert sorted(map(tuple, permuted.vectors.tolist())) == sorted(map(tuple, plain.vectors.tolist()))
+    assert not np.array_equal(permuted.vectors, plain.vectors)
+    again = fit_similarity(REPORTS, TRAIN, {"name": "permuted", "of": of})
+    assert np.array_equal(again.vectors, permuted.vectors)
+
+
 def test_no_calibration() -> None:
     got, centred = (fit_similarity(REPORTS, TRAIN, calibration=c) for c in ("none", "center"))
     assert got.offset == 0

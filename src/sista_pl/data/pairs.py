@@ -45,6 +45,8 @@ class PairDataModule(BaseDataModule):
             lower-casing, which drops what other languages write with.
         labels: label columns of the store, as in `[Edema, Pneumonia]`, that a batch brings as `labels` (B, K) 1, 0 or
             NaN = unknown, for losses such as `medclip`; none by default. No pair is left out for its labels.
+        shuffled_reports: a negative control, not for use: each training image gets the report of another one, its
+            labels with it. Validation and test keep their own.
         kwargs: see `BaseDataModule`.
     """
 
@@ -59,6 +61,7 @@ class PairDataModule(BaseDataModule):
         tokenizer_corpus: str | Path | None = None,
         text: dict[str, str] | None = None,
         labels: list[str] | None = None,
+        shuffled_reports: bool = False,
         **kwargs: Any,
     ):
         super().__init__(store, **kwargs)
@@ -74,7 +77,7 @@ class PairDataModule(BaseDataModule):
         self.reports: list[str] = []
         self.report_ids = np.zeros(0, np.int64)
         self.similarity: Similarity | None = None
-        self.wanted_labels = labels or []
+        self.wanted_labels, self.shuffled_reports = labels or [], shuffled_reports
         self.labels: np.ndarray | None = None  # (rows of the store, K) float32
 
     def setup(self, stage: str) -> None:
@@ -97,7 +100,14 @@ class PairDataModule(BaseDataModule):
         if self.wanted_labels:
             self.labels = read_labels(self.store, self.wanted_labels)
         present = (texts != "").to_numpy()
-        return {name: rows[present[rows]] for name, rows in super().split().items()}
+        found = {name: rows[present[rows]] for name, rows in super().split().items()}
+        if self.shuffled_reports:
+            # a ring in random order: nobody keeps the own one
+            ring, given = np.random.default_rng(0).permutation(found["train"]), np.arange(len(texts))
+            given[ring] = np.roll(ring, 1)
+            self.report_ids = self.report_ids[given]
+            self.labels = self.labels[given] if self.labels is not None else None
+        return found
 
     def corpus(self) -> list[str]:
         """Return the texts that a tokenizer may be trained on: training reports, and `tokenizer_corpus`."""

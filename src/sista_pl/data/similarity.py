@@ -159,6 +159,28 @@ class FrozenText:
         return digest.hexdigest()
 
 
+@SOURCES.register("permuted")
+class Permuted:
+    """A negative control, not for use: the vectors of another source, each given to another report.
+
+    As many reports are alike as before, and as much, but not those that say the same.
+
+    Args:
+        of: the other source, a name or a mapping with `name` and its arguments.
+        seed: of the permutation.
+    """
+
+    def __init__(self, of: str | Mapping[str, Any] = "findings", seed: int = 0):
+        self.of: Source = SOURCES.build(of, seed=seed)
+        self.seed = seed
+
+    def vectors(self, reports: Sequence[str], train: np.ndarray) -> np.ndarray:
+        return np.asarray(self.of.vectors(reports, train))[np.random.default_rng(self.seed).permutation(len(reports))]
+
+    def fingerprint(self) -> str:
+        return self.of.fingerprint()
+
+
 @dataclass
 class Similarity:
     """What `fit_similarity` returns, and what a cache file holds.

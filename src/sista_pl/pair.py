@@ -32,6 +32,11 @@ class Features:
     ids: Tensor | None = None
     attention: Tensor | None = None
 
+    def shifted(self) -> Features:
+        """Return each sample's features in the place of the next one, for negative controls; the last is the first."""
+        moved = (self.pooled, self.local, self.mask, self.ids, self.attention)
+        return Features(*(x if x is None else x.roll(1, 0) for x in moved))  # type: ignore[arg-type]
+
 
 @dataclass
 class Semantics:

@@ -202,3 +202,16 @@ def test_wrong_arguments_are_one_line(options, says):
     with pytest.raises(SistaError, match=says) as error:
         LOSSES.build({"name": "gloria", **options})
     assert "\n" not in str(error.value)
+
+
+def test_shuffled_gives_each_image_the_report_of_another():
+    pair, moved = make_pair(), make_pair()
+    order = [4, 0, 1, 2, 3]
+    text = moved.text
+    moved.text = Features(*(x if x is None else x[order] for x in (text.pooled, text.local, text.mask, text.ids,
+                                                                    text.attention)))  # fmt: skip
+    ours = LOSSES.build({"name": "gloria", "shuffled": True})(pair)[0].item()
+    assert ours == LOSSES.build("gloria")(moved)[0].item()
+    assert ours != pytest.approx(LOSSES.build("gloria")(pair)[0].item(), abs=1e-3)
+    with pytest.raises(SistaError, match="'gloria': shuffled is 1; write true or false"):
+        LOSSES.build({"name": "gloria", "shuffled": 1})

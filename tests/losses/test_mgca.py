@@ -362,3 +362,16 @@ def test_the_task_asks_for_attention_and_tells_the_dimension():
     assert attention.shape == (1, 2)
     assert (attention > 0).all()
     assert attention.sum() < 1
+
+
+def test_shuffled_gives_each_image_the_report_of_another():
+    pair, moved = make_pair(), make_pair()
+    order = [4, 0, 1, 2, 3]
+    text = moved.text
+    moved.text = Features(*(x if x is None else x[order] for x in (text.pooled, text.local, text.mask, text.ids,
+                                                                    text.attention)))  # fmt: skip
+    ours = LOSSES.build({"name": "mgca_cta", "shuffled": True})(pair)[0].item()
+    assert ours == LOSSES.build("mgca_cta")(moved)[0].item()
+    assert ours != pytest.approx(LOSSES.build("mgca_cta")(pair)[0].item(), abs=1e-3)
+    with pytest.raises(SistaError, match="'mgca_cta': shuffled is 1; write true or false"):
+        LOSSES.build({"name": "mgca_cta", "shuffled": 1})

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sista_pl.distributed import gather, global_mean, rank
 from sista_pl.losses import LOSSES
-from sista_pl.losses.arguments import choice, number, whole
+from sista_pl.losses.arguments import choice, number, switch, whole
 from sista_pl.pair import Pair, at_least_float32
 
 
@@ -37,6 +37,7 @@ class LocalContrast(nn.Module):
         chunk: reports that are compared with the N images at once, >= 1; an intermediate has N · chunk · P · L
             numbers. None for all. The value and the gradients stay the same; with several chunks, the backward pass
             computes each again.
+        shuffled: a negative control, not for use: each image is given the report before its own in the rank's batch.
 
     Raises:
         SistaError: unknown aggregation, argument out of its range.
@@ -51,6 +52,7 @@ class LocalContrast(nn.Module):
         scale: float = 10.0,
         aggregation: str = "sum",
         chunk: int | None = 16,
+        shuffled: bool = False,
     ):
         super().__init__()
         self.attention_scale = number("gloria", "attention_scale", attention_scale, 0, above=True)
@@ -58,13 +60,15 @@ class LocalContrast(nn.Module):
         self.scale = number("gloria", "scale", scale, 0, above=True)
         self.mean = choice("gloria", "aggregation", aggregation, ("sum", "mean")) == "mean"
         self.chunk = None if chunk is None else whole("gloria", "chunk", chunk, 1)
+        self.shuffled = switch("gloria", "shuffled", shuffled)
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over the local pairs with words and both directions, () fp32, and what to log."""
         with torch.autocast(pair.image.local.device.type, enabled=False):
             v = gather(at_least_float32(pair.image.local))  # N P D
-            w = at_least_float32(pair.text.local)  # B L D
-            used = torch.ones_like(w[..., 0], dtype=torch.bool) if pair.text.mask is None else pair.text.mask  # B L
+            text = pair.text.shifted() if self.shuffled else pair.text
+            w = at_least_float32(text.local)  # B L D
+            used = torch.ones_like(w[..., 0], dtype=torch.bool) if text.mask is None else text.mask  # B L
 
             def block(words: Tensor, real: Tensor) -> Tensor:
                 return self._similarity(v, words, real)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sista_pl.distributed import gather, global_mean, rank
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
-from sista_pl.losses.arguments import number, whole
+from sista_pl.losses.arguments import number, switch, whole
 from sista_pl.pair import Pair, at_least_float32
 
 LOW, HIGH = 0.1, 0.9  # quantiles between which a token's attention counts as it is
@@ -33,6 +33,7 @@ class CrossTokenAlignment(nn.Module):
 
     Args:
         temperature: > 0; MGCA's 0.1.
+        shuffled: a negative control, not for use: each image is given the report before its own in the rank's batch.
 
     Raises:
         SistaError: argument out of its range; in `forward`: a text encoder without attention.
@@ -41,13 +42,14 @@ class CrossTokenAlignment(nn.Module):
     needs_pooled = False
     needs_attention = True
 
-    def __init__(self, temperature: float = 0.1):
+    def __init__(self, temperature: float = 0.1, shuffled: bool = False):
         super().__init__()
         self.temperature = number("mgca_cta", "temperature", temperature, 0, above=True)
+        self.shuffled = switch("mgca_cta", "shuffled", shuffled)
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over the reports of all ranks, () fp32, and what to log."""
-        image, text = pair.image, pair.text
+        image, text = pair.image, pair.text.shifted() if self.shuffled else pair.text
         if text.attention is None:
             raise SistaError(
                 "loss 'mgca_cta': the text encoder gives no attention of its class token; use small-bert or a BERT"

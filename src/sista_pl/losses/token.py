@@ -160,7 +160,7 @@ class SparseTokenAlignment(nn.Module):
         """Return the mean over the reports (or words) of all ranks, () fp32, and what to log."""
         with torch.autocast(pair.image.local.device.type, enabled=False):
             patches = at_least_float32(pair.image.local)  # B P D
-            words = self._words(pair.text)
+            words = self._words(pair.text.shifted() if self.shuffled else pair.text)
             ways = []
             if self.direction != "patch_to_word":
                 ways.append(self._word_to_patch(words, patches))
@@ -221,8 +221,6 @@ class SparseTokenAlignment(nn.Module):
                     "without skip options"
                 )
             ids = used.long()
-        if self.shuffled:
-            local, ids, used = (x.roll(1, 0) for x in (local, ids, used))
         if self.skip_negated:
             used = used & (ids > 0)
         if self.skip_stop_words:

@@ -7,6 +7,7 @@ beside the runs says that it is done, so that a sweep that was stopped goes on w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -290,7 +291,7 @@ class Book:
         table = self.table(sweep)
         tested = table.dropna(subset="predictions")[["method", "task", "fraction", "seed", "predictions"]]
         for name, frame in (("figures.csv", table), ("cells.csv", tested.drop_duplicates())):
-            partial = self.root / f"{name}.partial"
+            partial = self.root / f".{name}.{os.getpid()}.partial"  # tasks of an array job write it, too
             frame.to_csv(partial, index=False)
             partial.replace(self.root / name)
         return self.root / "cells.csv"

@@ -80,7 +80,7 @@ def test_a_failure_stops_the_sweep_and_says_why_and_mended_it_goes_on(file, monk
 def test_keep_going_leaves_out_only_what_needs_the_failed_cell(file, monkeypatch, capsys):
     ran: list[str] = []
     monkeypatch.setattr(command._Run, "child", stand_in(ran, broken="clip-0"))
-    assert main(["sweep", "--config", str(file), "--jobs", "1", "--keep_going"]) == 2
+    assert main(["sweep", "--config", str(file), "--jobs", "1", "--keep-going"]) == 2
     assert "fit clip-1-siim-1" in ran
     assert not any(name.startswith("fit clip-0-") for name in ran)
     assert "clip-0 failed" in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_the_first_of_a_kind_prepares_its_data_alone(file, monkeypatch):
 
 
 def test_a_dry_run_prints_the_commands(file, capsys):
-    assert main(["sweep", "--config", str(file), "--dry_run", "--cell", "1/4"]) == 0
+    assert main(["sweep", "--config", str(file), "--dry-run", "--cell", "1/4"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("sista fit --config pretrain.yaml --config method/clip.yaml --name clip-0")
     assert said[-1] == "# clip-0-siim-1: once clip-0 has an encoder"

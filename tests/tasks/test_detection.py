@@ -36,7 +36,7 @@ def det(rsna_store) -> list[str]:
         "--data.min_epoch_images", "0",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
         "--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_epochs", "1",
-        "--trainer.logger", "false", "--model.draws", "20", "--model.detector", SMALL,
+        "--trainer.logger", "false", "--model.draws", "20", "--model.detector", SMALL, "--model.frozen", "true",
     ]  # fmt: skip
 
 

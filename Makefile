@@ -25,7 +25,7 @@ test: $(BIN)/.ready  ## the default tests, under three minutes on two cores
 	$(PYTEST) -n 2
 
 test-slow: $(BIN)/.ready  ## the slow ones alone: every configuration through fit and test, kills, two processes
-	$(PYTEST) -n 2 -m "slow and not gpu and not study"
+	$(PYTEST) -n 2 --dist worksteal -m "slow and not gpu and not study"
 
 test-all: $(BIN)/.ready  ## all of them, with coverage
 	$(BIN)/python -m coverage erase

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sista_pl import runs
 from sista_pl.errors import SistaError
-from sista_pl.sweep import Book, Cell, Sweep, read_sweep
+from sista_pl.sweep import PRETRAIN, Book, Cell, Sweep, read_sweep
 
 _HELP = """\
 Pre-train each method with each seed, take each encoder through each task with each share of the labels, and compare.
@@ -101,14 +102,8 @@ def _tell(sweep: Sweep, book: Book, part: tuple[int, int]) -> int:
             print(f"# {cell.name}: once {Cell(cell.method, cell.seed).name} has an encoder")
             continue
         for command in commands:
-            print("sista " + " ".join(_quoted(word) for word in command))
+            print("sista " + shlex.join(command))
     return 0
-
-
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
 
 
 class _Run:
@@ -212,7 +207,7 @@ class _Run:
     @contextmanager
     def prepared(self, cell: Cell) -> Iterator:
         """Let one cell of a kind draw and prepare its data alone; once it trains, the others may."""
-        mark = self.book.root / "prepared" / (cell.task or "pretrain")
+        mark = self.book.root / "prepared" / (cell.task or PRETRAIN)
         mark.parent.mkdir(parents=True, exist_ok=True)
         with mark.with_suffix(".lock").open("w") as lock:
             if not mark.is_file():
@@ -244,7 +239,7 @@ def _show(sweep: Sweep, book: Book) -> None:
         return
     path = book.write_table(sweep)
     figures = book.table(sweep)
-    pretrained = figures[(figures["task"] == "pretrain") & (figures["metric"] == "R_mean")]
+    pretrained = figures[(figures["task"] == PRETRAIN) & (figures["metric"] == "R_mean")]
     if len(pretrained):
         table = Table("method", "seeds", "R_mean, mean over seeds", title="retrieval of the test split")
         for method, rows in pretrained.groupby("method", sort=False):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
-from sista_pl.losses.instance import Target, contrast
+from sista_pl.losses.chunked import Block
+from sista_pl.losses.instance import Alike, Likeness, contrast
 from sista_pl.pair import Features, Pair
 
 
@@ -86,19 +87,24 @@ def test_chunks_are_exact(chunk):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_target_is_asked_for_few_rows_at_once(alone):
+def test_a_likeness_is_asked_for_a_block_at_once(alone):
     seen = []
 
-    def own(rows: Tensor, diagonal: Tensor) -> Target:
-        seen.append(tuple(diagonal.shape))
-        assert diagonal.nonzero().tolist() == [[place, row] for place, row in enumerate(rows.tolist())]
-        return Target(diagonal.double(), None, {"row": rows.double()}, alone)
+    def own(block: Block) -> Alike:
+        rows, columns = (range(7)[where] for where in (block.rows, block.columns))
+        seen.append((len(rows), len(columns)))
+        mass = torch.tensor([[float(row == column) for column in columns] for row in rows]).double()
+        places = [] if block.own is None else mass.diagonal(block.own).tolist()
+        assert places == [1.0] * int(mass.sum())
+        return Alike(mass, None, lambda: {"row": mass @ torch.tensor(columns).double()})
 
-    loss, logs = contrast(make_pair(), own, chunk=3)
+    loss, logs = contrast(make_pair(), Likeness(own, 1.0, alone), chunk=3)
     loss.backward()
-    # each of the three chunks in the forward and again in the backward pass
-    assert sorted(seen) == sorted([(3, 7), (3, 7), (1, 7)] * 2)
-    assert logs["row"].item() == 3
+    # each of the nine blocks in the forward, where negatives come first twice, and again in the backward pass
+    blocks = [(3, 3)] * 4 + [(3, 1)] * 2 + [(1, 3)] * 2 + [(1, 1)]
+    assert sorted(seen) == sorted(blocks * (3 if alone else 2))
+    assert logs["row"].tolist() == list(range(7))
+    assert logs["true_pair_mass"].tolist() == [1] * 7
     # with one column of mass there is none to be left out, so that both forms are the same
     assert loss.item() == pytest.approx(slow(make_pair())[0].item(), abs=1e-12)
 

@@ -1,8 +1,9 @@
 """Instance level: whole images against whole reports of the global batch.
 
-B pairs of this rank, N pairs of all ranks, b rows of a chunk, D joint dimension.
+B pairs of this rank, N pairs of all ranks, b x c a block of images and reports, D joint dimension.
 
-The local rows are compared with all columns, in both directions: memory B x N, and exactly the loss of one process.
+The local images are compared with all reports, and what that says of the reports is summed over the ranks: exactly the
+loss of one process. Nothing of the size B x N is ever kept: see `sista_pl.losses.chunked`.
 """
 
 from __future__ import annotations
@@ -12,31 +13,52 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from sista_pl.distributed import gather, rank
+from sista_pl.distributed import all_sum
 from sista_pl.losses import LOSSES
-from sista_pl.losses.arguments import whole
-from sista_pl.pair import Pair, at_least_float32
+from sista_pl.losses.chunked import (
+    LEFT_OUT,
+    LN2,
+    Block,
+    Counts,
+    Logits,
+    LogSumExp,
+    Slope,
+    Sums,
+    Winners,
+    side,
+    softplus,
+)
+from sista_pl.pair import Pair
 
-Block = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-
-class Target(NamedTuple):
-    """What some rows of the batch should be close to.
+class Alike(NamedTuple):
+    """Which pairs of a block are alike; what it says of i and j is true of j and i, too.
 
     Args:
-        mass: (b, N) rows that sum to 1.
-        dropped: (b, N) bool, True for columns outside the denominator; None where there are none.
-        diagnostics: (b,) values to log the mean of.
-        alone: each column with mass is contrasted with those without any, and not with the others that have some:
-            -Σ_j Y_ij log(e^{z_ij} / (e^{z_ij} + Σ_{k: Y_ik = 0} e^{z_ik})); 0 where there are none without.
+        mass: (b, c) >= 0, > 0 for own pairs; a row or column is divided by its sum. None: the own pairs alone.
+        dropped: (b, c) 1 for pairs outside the denominator, else 0; None where there are none.
+        counts: computes what to log of the rows, each (b,), a sum over the columns.
     """
 
-    mass: Tensor
-    dropped: Tensor | None
-    diagnostics: dict[str, Tensor]
+    mass: Tensor | None = None
+    dropped: Tensor | None = None
+    counts: Callable[[], dict[str, Tensor]] = dict
+
+
+class Likeness(NamedTuple):
+    """What the rows and the columns should be close to: Y = (1 - share) I + share · mass / its sum.
+
+    Args:
+        of: asked for each block, in the forward and again in the backward pass.
+        share: 0 to 1.
+        alone: each column with mass is contrasted with those without any, and not with the others that have some:
+            -Σ_j Y_ij log(e^{z_ij} / (e^{z_ij} + Σ_{k: Y_ik = 0} e^{z_ik})); 0 where there are none without.
+            With `share` 1.
+    """
+
+    of: Callable[[Block], Alike] = lambda block: Alike()
+    share: float = 0.0
     alone: bool = False
 
 
@@ -48,8 +70,8 @@ class Clip(nn.Module):
     the highest of N similarities, mean of both directions.
 
     Args:
-        chunk: rows of z that are kept at once, >= 1, for batches whose (B, N) does not fit; None for all. The value
-            and the gradients stay the same, the backward pass computes the rows again.
+        chunk: side of the blocks of z, >= 1, of which one is kept at a time; the value and the gradients stay the
+            same. None for 512 on a CPU, where a block stays in the cache, and 4096 elsewhere.
 
     Raises:
         SistaError: `chunk` is no whole number >= 1.
@@ -59,72 +81,131 @@ class Clip(nn.Module):
 
     def __init__(self, chunk: int | None = None):
         super().__init__()
-        self.chunk = None if chunk is None else whole("clip", "chunk", chunk, 1)
+        self.chunk = side("clip", chunk)
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean over the local rows of both directions, () fp32, and what to log."""
-
-        def own(rows: Tensor, diagonal: Tensor) -> Target:
-            return Target(diagonal.to(torch.float32), None, {})
-
-        return contrast(pair, own, self.chunk)
+        """Return the mean over the local pairs and both directions, () fp32, and what to log."""
+        loss, logs = contrast(pair, Likeness(), self.chunk)
+        return loss, {"accuracy": logs["accuracy"].mean()}
 
 
-def contrast(
-    pair: Pair, target: Callable[[Tensor, Tensor], Target], chunk: int | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Contrast local images with all reports and local reports with all images.
+def contrast(pair: Pair, likeness: Likeness, chunk: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Contrast images with all reports and reports with all images.
 
     Args:
         pair: of this rank.
-        target: called with the local row numbers (b,) and their place (b, N) bool in the global batch.
-        chunk: rows that are kept at once; None for all.
+        likeness: which of them are alike.
+        chunk: side of a block; None for the device's.
 
     Returns:
-        () mean over the local rows and both directions, and the detached means of the target's diagnostics and of
-        `accuracy`.
+        () mean over the local pairs and both directions; and of the local pairs `accuracy`, `true_pair_mass` and the
+        sums of `counts`, each (B,).
     """
     with torch.autocast(pair.image.pooled.device.type, enabled=False):
-        v, t = (F.normalize(at_least_float32(side.pooled), dim=1) for side in (pair.image, pair.text))  # B D
-        v_all, t_all = gather(v), gather(t)  # N D
-        scale = at_least_float32(pair.scale)
-        first, columns = rank() * len(v), torch.arange(len(v_all), device=v.device)
-
-        def block(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            wanted = target(rows, (rows + first)[:, None] == columns)
-            loss, hits = torch.zeros_like(v[rows, 0]), torch.zeros(len(rows), device=v.device)  # b
-            for anchors, others in ((v, t_all), (t, v_all)):
-                z = scale * anchors[rows] @ others.T  # b N
-                loss = loss + cross_entropy(z, wanted) / 2
-                hits = hits + (z.argmax(1) == rows + first).float() / 2
-            return loss, wanted.diagnostics | {"accuracy": hits}
-
-        return by_rows(block, torch.arange(len(v), device=v.device), chunk)
+        logits = Logits.of(pair, chunk, unit=LN2)
+        with torch.no_grad():
+            value, slope, logs = (_alone if likeness.alone else _softmax)(logits, likeness)
+        return logits.attach(value, slope, 0.5 / len(logits.v)), logs
 
 
-def cross_entropy(z: Tensor, target: Target) -> Tensor:
-    """Return the loss (b,) of rows of z (b, N) under their target."""
-    mass, dropped = target.mass, target.dropped
-    if target.alone:
-        others = mass > 0 if dropped is None else dropped | (mass > 0)
-        # the lowest finite number, so that nothing of a row without negatives is inf - inf
-        negatives = z.masked_fill(others, torch.finfo(z.dtype).min).logsumexp(1, keepdim=True)  # b 1
-        return -(mass * F.logsigmoid(z - negatives)).sum(1)
-    free = z if dropped is None else z.masked_fill(dropped, -torch.inf)
-    return free.logsumexp(1) - (mass * z).sum(1)
+class _Log:
+    """What every contrast logs of its rows."""
+
+    def __init__(self, logits: Logits, share: float):
+        self.winners, self.share = Winners(logits), share
+        self.own_mass, self.counts = torch.zeros_like(logits.v[:, 0]), Counts(logits)
+
+    def add(self, block: Block, z: Tensor, alike: Alike) -> tuple[Tensor, Tensor]:
+        """Take in a block; return the maxima of its rows and columns."""
+        self.counts.add(block, alike.counts())
+        if block.own is not None and alike.mass is not None:
+            block.of_own(self.own_mass).copy_(alike.mass.diagonal(block.own))
+        return self.winners.add(block, z)
+
+    def value(self, share: Tensor) -> dict[str, Tensor]:
+        """Args: share: (B,) what one of mass is of a row's target."""
+        true = 1 - self.share + share * self.own_mass
+        return {**self.counts.value, "accuracy": self.winners.value(), "true_pair_mass": true}
 
 
-def by_rows(block: Block, rows: Tensor, chunk: int | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean of a loss over the rows (B,), () and the detached means of its diagnostics.
+def _softmax(logits: Logits, likeness: Likeness) -> tuple[Tensor, Slope, dict[str, Tensor]]:
+    """Return the cross-entropy of the local pairs, () mean over both directions, its slope, and what to log."""
+    share = likeness.share
+    denominator, mass, weighted = LogSumExp(logits), Sums(logits), Sums(logits)
+    own, log = torch.zeros_like(logits.v[:, 0]), _Log(logits, share)
+    for block, z in logits.blocks():
+        alike = likeness.of(block)
+        maxima: tuple[Tensor, Tensor] | None = log.add(block, z, alike)
+        if block.own is not None:
+            block.of_own(own).copy_(z.diagonal(block.own))
+        if alike.mass is not None:
+            mass.add(block, alike.mass)
+            weighted.add(block, alike.mass * z)
+        if alike.dropped is not None:
+            z.sub_(alike.dropped, alpha=LEFT_OUT)
+            maxima = None
+        denominator.add(block, z, maxima)
+    of_row, of_column = denominator.value()
+    loss = of_row + of_column[logits.mine] - 2 * (1 - share) * own  # B
+    share_row, share_column = torch.zeros_like(of_row), torch.zeros_like(of_column)
+    if share:
+        (mass_row, mass_column), (near_row, near_column) = mass.value(), weighted.value()
+        share_row, share_column = share / mass_row, share / mass_column
+        loss = loss - share_row * near_row - (share_column * near_column)[logits.mine]
 
-    Args:
-        block: of some rows (b,) → their losses (b,) and what to log of them, each (b,).
-        rows: all of them.
-        chunk: rows that are kept at once, computed again in the backward pass; None keeps all.
-    """
-    if chunk is None or chunk >= len(rows):
-        parts = [block(rows)]
-    else:
-        parts = [checkpoint(block, part, use_reentrant=False, preserve_rng_state=False) for part in rows.split(chunk)]
-    loss = torch.cat([part for part, _ in parts]).mean()
-    return loss, {key: torch.cat([logs[key] for _, logs in parts]).detach().mean() for key in parts[0][1]}
+    def slope(block: Block, z: Tensor) -> Tensor:
+        alike = likeness.of(block)
+        if alike.dropped is not None:
+            z.sub_(alike.dropped, alpha=LEFT_OUT)
+        d = (z - of_row[block.rows, None]).exp2_()
+        d += z.sub_(of_column[block.columns]).exp2_()
+        if alike.mass is not None:
+            d -= alike.mass.mul_(share_row[block.rows, None] + share_column[block.columns])
+        if block.own is not None:
+            d.diagonal(block.own).sub_(2 * (1 - share))
+        return d
+
+    return loss.mean() * LN2 / 2, slope, log.value(share_row)
+
+
+def _alone(logits: Logits, likeness: Likeness) -> tuple[Tensor, Slope, dict[str, Tensor]]:
+    """Return the same for `Likeness.alone`; the blocks are computed once more, as the negatives come first."""
+    denominator, mass, log = LogSumExp(logits), Sums(logits), _Log(logits, 1.0)
+
+    def read(block: Block, z: Tensor) -> tuple[Tensor, Tensor, Alike]:
+        """Return the mass, z of the negatives alone, each (b, c), and what else is known of the block."""
+        alike = likeness.of(block)
+        assert alike.mass is not None
+        others = alike.mass.sign() if alike.dropped is None else alike.mass.sign() + alike.dropped
+        return alike.mass, z.sub(others, alpha=LEFT_OUT), alike
+
+    for block, z in logits.blocks():
+        positive, negative, alike = read(block, z)
+        log.add(block, z, alike)
+        mass.add(block, positive)
+        denominator.add(block, negative)
+    (of_row, of_column), (mass_row, mass_column) = denominator.value(), mass.value()
+
+    def ways(block: Block) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return denominator and mass of a block's rows, each (b, 1), and of its columns, each (c,)."""
+        rows, columns = block.rows, block.columns
+        return (of_row[rows, None], mass_row[rows, None]), (of_column[columns], mass_column[columns])
+
+    loss, pushed = torch.zeros_like(of_row), (torch.zeros_like(of_row), torch.zeros_like(of_column))
+    for block, z in logits.blocks():
+        positive = read(block, z)[0]
+        for way, (negatives, total) in enumerate(ways(block)):
+            above = (negatives - z) * LN2  # b c
+            loss[block.rows] += (positive / total * softplus(above)).sum(1)
+            pushed[way][block[way]] += (positive / total * above.sigmoid_()).sum(1 - way)
+    push_row, push_column = pushed[0], all_sum(pushed[1])
+
+    def slope(block: Block, z: Tensor) -> Tensor:
+        positive, negative, _ = read(block, z)
+        d = torch.zeros_like(z)
+        pushes = push_row[block.rows, None], push_column[block.columns]
+        for (negatives, total), push in zip(ways(block), pushes, strict=True):
+            d += push * (negative - negatives).exp2_() - positive / total * ((negatives - z) * LN2).sigmoid_()
+        return d
+
+    return loss.mean() / 2, slope, log.value(1 / mass_row)

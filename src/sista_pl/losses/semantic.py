@@ -1,7 +1,7 @@
 """Instance level with semantic targets: reports or labels say which other pairs of the batch are no negatives.
 
-B pairs of this rank, N pairs of all ranks, b rows of a chunk, Ds semantic dimension, M studies in the sample of
-training similarities, k wanted positives an anchor, K labels.
+B pairs of this rank, N pairs of all ranks, b x c a block of images and reports, Ds semantic dimension, M studies in the
+sample of training similarities, k wanted positives an anchor, K labels.
 
 S is the similarity of two reports, S' = (S - offset) / (1 - offset) the calibrated one, 1 on the diagonal.
 What is more precise here than "inter-report similarity removes false negatives" is our documented choice, not the
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from sista_pl.distributed import gather
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
-from sista_pl.losses.arguments import choice, number, whole
-from sista_pl.losses.instance import Target, contrast
+from sista_pl.losses.arguments import choice, number
+from sista_pl.losses.chunked import Block, own_pairs, side
+from sista_pl.losses.instance import Alike, Likeness, contrast
 from sista_pl.pair import Pair, at_least_float32
 
 MODES = ("soft", "mask", "multi_positive", "triage")
@@ -63,13 +64,13 @@ class Reports(NamedTuple):
         r = at_least_float32(pair.semantics.vectors.detach())
         return cls(r, gather(r), pair.semantics.offset, pair.semantics.sample)
 
-    def raw(self, rows: Tensor) -> Tensor:
-        """Return S (b, N) of some local rows."""
-        return self.local[rows] @ self.every.T
+    def raw(self, block: Block) -> Tensor:
+        """Return S (b, c) of a block."""
+        return self.local[block.rows] @ self.every[block.columns].T
 
-    def calibrate(self, raw: Tensor, diagonal: Tensor) -> Tensor:
-        """Return S' (b, N) of the S of some local rows and their place (b, N) bool in the global batch."""
-        return ((raw - self.offset) / (1 - self.offset)).masked_fill(diagonal, 1)
+    def calibrate(self, raw: Tensor, block: Block) -> Tensor:
+        """Return S' (b, c) of the S of a block."""
+        return own_pairs((raw - self.offset).div_(1 - self.offset), block, 1)
 
 
 class Calibration:
@@ -165,18 +166,30 @@ def solve_temperature(sample: Tensor, positives: float, n: int) -> float:
     return (low + high) / 2
 
 
-def count_positives(others: Tensor, s: Tensor, diagonal: Tensor) -> dict[str, Tensor]:
-    """Return what every loss with semantic targets logs of its rows, each (b,).
+def count_positives(others: Tensor, s: Tensor, block: Block) -> dict[str, Tensor]:
+    """Return what every loss with semantic targets counts in the rows of a block, each (b,).
 
     Args:
-        others: (b, N) bool, positives beside the own pair.
-        s: (b, N) similarities that are 1 for equals.
-        diagonal: (b, N) bool, the own pair.
+        others: (b, c) 1 for positives beside the own pair, else 0.
+        s: (b, c) similarities that are 1 for equals.
+        block: where they are.
     """
-    return {
-        "false_negatives": others.sum(1).float(),
-        "identical_reports": ((s >= IDENTICAL) & ~diagonal).any(1).float(),
-    }
+    return {"false_negatives": others.sum(1), "identical_reports": reaching(s, IDENTICAL, block, 0).sum(1)}
+
+
+def reaching(s: Tensor, threshold: float, block: Block, own: float) -> Tensor:
+    """Return (b, c) 1 where s reaches the threshold, else 0, and `own` for own pairs.
+
+    In the type of s: to compare to bools and change these to numbers takes a CPU ten times as long.
+    """
+    return own_pairs(torch.ge(s, threshold, out=torch.empty_like(s)), block, own)
+
+
+def tell(logs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the means to log of the local rows' values and counts, each (B,)."""
+    # of equals, whether there are any
+    told = {key: value.gt(0).to(value.dtype) if key == "identical_reports" else value for key, value in logs.items()}
+    return {key: value.mean() for key, value in told.items()}
 
 
 @LOSSES.register("sia")
@@ -223,7 +236,7 @@ class SemanticInstanceAlignment(nn.Module):
             given. The offset is `ema_center`, the running mean of the off-diagonal S of the training's global
             batches, the n-th with a weight of 1 / n, at least 0.1; an offset is at most 0.99. It is updated in training
             only, before it is used, and kept in the checkpoint. So the loss of a batch depends on those before it.
-        chunk: rows that are kept at once, as in `clip`.
+        chunk: side of the blocks of z, as in `clip`.
 
     Raises:
         SistaError: unknown mode or source, argument out of its range, `online` without `delta` or `tau`; in
@@ -254,7 +267,7 @@ class SemanticInstanceAlignment(nn.Module):
         at_most, which = self.positive_threshold, " (positive_threshold)"
         self.negative_threshold = number("sia", "negative_threshold", negative_threshold, -1, at_most, or_else=which)
         self.source = choice("sia", "source", source, SOURCES)
-        self.chunk = None if chunk is None else whole("sia", "chunk", chunk, 1)
+        self.chunk = side("sia", chunk)
         self.ema_center: Tensor
         self.ema_batches: Tensor
         if source == "online":
@@ -266,29 +279,42 @@ class SemanticInstanceAlignment(nn.Module):
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over the local rows of both directions, () fp32, and what to log."""
         reports = Reports.of(pair, "sia") if self.source == "data" else self._online(pair)
-        triage = self.mode == "triage"
-        delta, tau = (math.nan, math.nan) if triage else self.calibration(reports.sample, len(reports.every))
+        n = len(reports.every)
+        delta, tau = (math.nan, math.nan) if self.mode == "triage" else self.calibration(reports.sample, n)
 
-        def semantic(rows: Tensor, diagonal: Tensor) -> Target:
-            raw = reports.raw(rows)  # b N
-            s = reports.calibrate(raw, diagonal)
-            others = (raw > self.positive_threshold if triage else s >= delta) & ~diagonal
-            diagnostics = count_positives(others, s, diagonal)
-            mass, dropped = diagonal.to(s.dtype), None
-            if self.mode == "soft":
-                mass = (1 - self.alpha) * mass + self.alpha * (s / tau).softmax(1)
-            elif self.mode == "mask":
-                dropped = others
-            else:
-                mass = (others | diagonal).to(s.dtype)
-                mass = mass / mass.sum(1, keepdim=True)
-            if triage:
-                dropped = (raw > self.negative_threshold) & ~others & ~diagonal
-                diagnostics["ignored"] = dropped.sum(1) / max(dropped.shape[1] - 1, 1)
-            return Target(mass, dropped, {"true_pair_mass": mass[diagonal], **diagnostics}, alone=triage)
+        def semantic(block: Block) -> Alike:
+            s = reports.calibrate(reports.raw(block), block)  # b c
 
-        loss, diagnostics = contrast(pair, semantic, self.chunk)
-        if not triage:
+            def counts() -> dict[str, Tensor]:
+                return count_positives(reaching(s, delta, block, own=0), s, block)
+
+            if self.mode == "soft":  # own pairs have the highest, 1
+                return Alike((s - 1).div_(tau).exp_(), None, counts)
+            if self.mode == "mask":
+                return Alike(None, reaching(s, delta, block, own=0), counts)
+            return Alike(reaching(s, delta, block, own=1), None, counts)
+
+        def triage(block: Block) -> Alike:
+            raw = reports.raw(block)
+            above = torch.gt(raw, self.positive_threshold, out=torch.empty_like(raw))
+            positive = own_pairs(above, block, 1)
+            ignored = own_pairs(torch.gt(raw, self.negative_threshold, out=torch.empty_like(raw)), block, 1) - positive
+
+            def counts() -> dict[str, Tensor]:
+                others = own_pairs(positive.clone(), block, 0)
+                return count_positives(others, reports.calibrate(raw, block), block) | {"ignored": ignored.sum(1)}
+
+            return Alike(positive, ignored, counts)
+
+        if self.mode == "triage":
+            likeness = Likeness(triage, share=1.0, alone=True)
+        else:
+            likeness = Likeness(semantic, share={"soft": self.alpha, "mask": 0.0}.get(self.mode, 1.0))
+        loss, logs = contrast(pair, likeness, self.chunk)
+        diagnostics = tell(logs)
+        if self.mode == "triage":
+            diagnostics["ignored"] /= max(n - 1, 1)
+        else:
             diagnostics["delta"] = loss.new_tensor(delta)
         if self.mode == "soft":
             diagnostics["tau"] = loss.new_tensor(tau)
@@ -306,7 +332,7 @@ class SemanticInstanceAlignment(nn.Module):
             mean = (every.sum(0).square().sum() - n) / (n * (n - 1))
             self.ema_batches += 1
             self.ema_center += (mean - self.ema_center) * (1 / self.ema_batches.to(mean.dtype)).clamp_min(MOMENTUM)
-        # a copy by clamp, since a chunk is computed again after the next batch may have moved the mean
+        # a copy by clamp, since a block is computed again after the next batch may have moved the mean
         return Reports(r, every, at_least_float32(self.ema_center).clamp(max=HIGHEST_CENTER))
 
 
@@ -325,7 +351,7 @@ class MedClip(nn.Module):
 
     Args:
         tau: temperature of the target, > 0.
-        chunk: rows that are kept at once, as in `clip`.
+        chunk: side of the blocks of z, as in `clip`.
 
     Raises:
         SistaError: argument out of its range; in `forward`: the batch brings no labels.
@@ -336,7 +362,7 @@ class MedClip(nn.Module):
     def __init__(self, tau: float = 0.1, chunk: int | None = None):
         super().__init__()
         self.tau = number("medclip", "tau", tau, 0, above=True)
-        self.chunk = None if chunk is None else whole("medclip", "chunk", chunk, 1)
+        self.chunk = side("medclip", chunk)
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over the local rows of both directions, () fp32, and what to log."""
@@ -347,11 +373,13 @@ class MedClip(nn.Module):
         unit = F.normalize(torch.cat([labels, empty.to(labels.dtype)], dim=1), dim=1)  # B K+1
         every = gather(unit)  # N K+1
 
-        def alike(rows: Tensor, diagonal: Tensor) -> Target:
-            s = unit[rows] @ every.T  # b N
-            mass = (s / self.tau).softmax(1)
-            diagnostics = count_positives((s >= IDENTICAL) & ~diagonal, s, diagonal)
-            diagnostics |= {"true_pair_mass": mass[diagonal], "no_finding": empty[rows, 0].float()}
-            return Target(mass, None, diagnostics)
+        def alike(block: Block) -> Alike:
+            s = unit[block.rows] @ every[block.columns].T  # b c
 
-        return contrast(pair, alike, self.chunk)
+            def counts() -> dict[str, Tensor]:
+                return count_positives(reaching(s, IDENTICAL, block, own=0), s, block)
+
+            return Alike((s - 1).div_(self.tau).exp_(), None, counts)
+
+        loss, logs = contrast(pair, Likeness(alike, share=1.0), self.chunk)
+        return loss, tell(logs) | {"no_finding": empty.float().mean()}

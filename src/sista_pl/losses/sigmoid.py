@@ -1,22 +1,24 @@
 """Instance level without a softmax: each image-report pair of the global batch is judged alone.
 
-B pairs of this rank, N pairs of all ranks, b rows of a chunk, D joint dimension, k wanted positives an anchor.
+B pairs of this rank, N pairs of all ranks, b x c a block of images and reports, D joint dimension, k wanted positives
+an anchor.
 
-The local images are compared with all reports: memory B x N. One direction is the whole matrix.
+The local images are compared with all reports, block by block: see `sista_pl.losses.chunked`. One direction is the
+whole matrix.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sista_pl.distributed import gather, rank
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
-from sista_pl.losses.arguments import number, switch, whole
-from sista_pl.losses.instance import by_rows
-from sista_pl.losses.semantic import Calibration, Reports, count_positives
+from sista_pl.losses.arguments import number, switch
+from sista_pl.losses.chunked import Block, Counts, Logits, Winners, side, softplus
+from sista_pl.losses.semantic import Calibration, Reports, count_positives, reaching, tell
 from sista_pl.pair import Pair, at_least_float32
 
 
@@ -36,7 +38,7 @@ class Siglip(nn.Module):
         positives: wanted positives k an anchor, > 0, for which `delta` is solved as in `sia`; only for `semantic`.
         delta: threshold on S', > 0, instead of the solved one; only for `semantic`.
         bias: where b starts, -100 to 100.
-        chunk: rows that are kept at once, as in `clip`.
+        chunk: side of the blocks of z, as in `clip`.
 
     Raises:
         SistaError: argument out of its range, `delta` without `semantic`; in `forward`: `semantic` without a report
@@ -59,33 +61,42 @@ class Siglip(nn.Module):
             raise SistaError("loss 'siglip': delta is a threshold on report similarity; set `semantic: true` as well")
         self.calibration = Calibration("siglip", positives, delta, tau=1.0)  # of which delta alone is used
         self.bias = nn.Parameter(torch.tensor(number("siglip", "bias", bias, -100, 100)))
-        self.chunk = None if chunk is None else whole("siglip", "chunk", chunk, 1)
+        self.chunk = side("siglip", chunk)
 
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean over the local rows of their sums over all columns, () fp32, and what to log."""
+        """Return the mean over the local images of their sums over all reports, () fp32, and what to log."""
         with torch.autocast(pair.image.pooled.device.type, enabled=False):
-            v, t = (F.normalize(at_least_float32(side.pooled), dim=1) for side in (pair.image, pair.text))  # B D
-            t_all, v_all = gather(t), gather(v.detach())  # N D; the images of other ranks count in `accuracy` only
-            scale, bias = at_least_float32(pair.scale), at_least_float32(self.bias)
-            first, columns = rank() * len(v), torch.arange(len(t_all), device=v.device)
+            logits = Logits.of(pair, self.chunk, at_least_float32(self.bias))
             reports = Reports.of(pair, "siglip") if self.semantic else None
-            delta = self.calibration(reports.sample, len(columns))[0] if reports else None
+            delta = self.calibration(reports.sample, len(logits.t))[0] if reports else math.nan
 
-            def block(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                positive = diagonal = (rows + first)[:, None] == columns  # b N
-                diagnostics: dict[str, Tensor] = {}
-                if reports is not None:
-                    s = reports.calibrate(reports.raw(rows), diagonal)
-                    positive = (s >= delta) | diagonal
-                    diagnostics = count_positives(positive & ~diagonal, s, diagonal)
-                z = scale * v[rows] @ t_all.T  # b N
-                loss = -F.logsigmoid(torch.where(positive, z + bias, -z - bias)).sum(1)  # b
-                back = t[rows].detach() @ v_all.T  # b N
-                hits = torch.stack([way.argmax(1) == rows + first for way in (z, back)]).float().mean(0)
-                return loss, diagnostics | {"accuracy": hits}
+            def like(block: Block) -> tuple[Tensor, Tensor] | None:
+                """Return S' and the other positives of a block, each (b, c); None where there are no others."""
+                if reports is None:
+                    return None
+                s = reports.calibrate(reports.raw(block), block)
+                return s, reaching(s, delta, block, own=0)
 
-            loss, diagnostics = by_rows(block, torch.arange(len(v), device=v.device), self.chunk)
-        diagnostics["bias"] = self.bias.detach().clone()
-        if delta is not None:
-            diagnostics["delta"] = loss.new_tensor(delta)
-        return loss, diagnostics
+            def flip(z: Tensor, block: Block, alike: tuple[Tensor, Tensor] | None) -> Tensor:
+                """Change the sign of positives, in place."""
+                if alike is not None:
+                    z.mul_(1 - 2 * alike[1])
+                if block.own is not None:
+                    z.diagonal(block.own).neg_()
+                return z
+
+            def slope(block: Block, z: Tensor) -> Tensor:
+                alike = like(block)
+                return flip(flip(z, block, alike).sigmoid_(), block, alike)
+
+            with torch.no_grad():
+                loss, winners, logs = torch.zeros_like(logits.v[:, 0]), Winners(logits), Counts(logits)
+                for block, z in logits.blocks():
+                    alike = like(block)
+                    winners.add(block, z)
+                    if alike is not None:
+                        logs.add(block, count_positives(alike[1], alike[0], block))
+                    loss[block.rows] += softplus(flip(z, block, alike)).sum(1)
+            value = logits.attach(loss.mean(), slope, 1 / len(loss))
+        diagnostics = tell({**logs.value, "accuracy": winners.value()}) | {"bias": self.bias.detach().clone()}
+        return value, diagnostics | {"delta": value.detach().new_tensor(delta)} if reports else diagnostics

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sista_pl.errors import SistaError
+from sista_pl.grad_cache import encode_in_chunks, refuse_batch_statistics
 from sista_pl.metrics import RANKS, Retrieval, bootstrap_interval
 from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS, ProjectionHead
 from sista_pl.models.tokens import TokenTable
@@ -41,6 +42,11 @@ class PretrainTask(BaseTask):
         warmup: share of all steps.
         temperature: where the learnable temperature 1/s starts; s stays <= 100.
         pool: pairs in the retrieval pool.
+        grad_cache: pairs that the encoders see at once in training, >= 1, for batches whose activations do not fit;
+            None for all. The gradient is exactly that of the whole batch, for every loss: the embeddings, those of
+            patches and words too, are kept for all pairs, the encoders' activations for one chunk, which costs a
+            second forward pass. Needs `head_norm: layer` and an image encoder without batch normalisation (vit_*,
+            convnext_*). With DDP, of each rank's batch.
     """
 
     monitor = "val/R_mean"
@@ -60,11 +66,14 @@ class PretrainTask(BaseTask):
         warmup: float = 0.05,
         temperature: float = 0.07,
         pool: int = 512,
+        grad_cache: int | None = None,
     ):
         super().__init__(losses, lr, weight_decay, warmup)
         self.save_hyperparameters()
         if not temperature >= 1 / MAX_SCALE:
             raise SistaError(f"model: temperature is {temperature}; give at least {1 / MAX_SCALE}")
+        if grad_cache is not None and (isinstance(grad_cache, bool) or grad_cache < 1):
+            raise SistaError(f"model: grad_cache is {grad_cache!r}; give a whole number of pairs of at least 1")
         self.build()
         self.tokens: TokenTable | None = None
 
@@ -76,6 +85,11 @@ class PretrainTask(BaseTask):
         self.image_head = ProjectionHead(self.image_encoder.dim, self.image_encoder.local_dim, **head)
         self.text_head = ProjectionHead(self.text_encoder.dim, self.text_encoder.local_dim, **head)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / h.temperature)))
+        if h.grad_cache is not None:
+            heads = nn.ModuleList([self.image_head, self.text_head])
+            refuse_batch_statistics(
+                {"head_norm": heads, "image_encoder": self.image_encoder, "text_encoder": self.text_encoder}
+            )
 
     def configure_losses(self, **context: Any) -> None:
         super().configure_losses(dim=self.hparams.embed_dim, **context)
@@ -150,8 +164,10 @@ class PretrainTask(BaseTask):
             similarity = self.trainer.datamodule.similarity
             sample = torch.from_numpy(similarity.sample).to(batch["semantics"].device)
             semantics = Semantics(batch["semantics"], similarity.offset, sample)
-        return Pair(self.encode_image(batch["image"]), self.encode_text(batch), self.scale(), semantics,
-                    labels=batch.get("labels"), epoch=self.current_epoch)  # fmt: skip
+        chunk = self.hparams.grad_cache or len(batch["image"])
+        image = encode_in_chunks(self.encode_image, batch["image"], chunk, self.needs_tokens)
+        text = encode_in_chunks(self.encode_text, batch, chunk, self.needs_tokens)
+        return Pair(image, text, self.scale(), semantics, labels=batch.get("labels"), epoch=self.current_epoch)
 
     def step(self, batch: dict[str, Any]) -> Step:
         pair = self(batch)

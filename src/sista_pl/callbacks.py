@@ -51,10 +51,17 @@ class RunFolder(Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.path / CHECKPOINTS).resolve())
-        if stage == "fit" and trainer.is_global_zero:
+        if (stage == "fit" or not task.trains) and trainer.is_global_zero:
             (self.path / "config.yaml").write_text(self.config)
 
     def on_fit_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self._record(trainer)
+
+    def on_test_start(self, trainer: Trainer, task: LightningModule) -> None:
+        if not task.trains:  # the test is the run
+            self._record(trainer)
+
+    def _record(self, trainer: Trainer) -> None:
         tracking.record_run(trainer, self.path / "config.yaml", self.name)
         if isinstance(trainer.logger, MLFlowLogger) and trainer.is_global_zero:
             (self.path / "mlflow_run_id").write_text(str(trainer.logger.run_id))

@@ -34,7 +34,9 @@ class Observer(Callback):
         self.task: Any = None
         self.data: Any = None
         self.batch: dict[str, Any] = {}  # the first of the training
-        self.before: dict[str, Tensor] = {}  # state of the task when the training starts
+        self.before: dict[
+            str, Tensor
+        ] = {}  # state of the task when the training starts, or the test that trains nothing
         self.losses: list[float] = []
         self.keys: set[str] = set()  # what was logged
         Observer.latest = self
@@ -52,6 +54,10 @@ class Observer(Callback):
 
     def on_fit_end(self, trainer: Trainer, task: LightningModule) -> None:
         self.keys = set(trainer.callback_metrics)
+
+    def on_test_start(self, trainer: Trainer, task: LightningModule) -> None:
+        if not task.trains:
+            self.on_train_start(trainer, task)
 
     def on_test_batch_start(
         self, trainer: Trainer, task: LightningModule, batch: Any, index: int, dataloader_idx: int = 0

@@ -82,6 +82,8 @@ class Case:
         truth_boxes: (M, 4) x y w h in pixels of the image.
         predicted_boxes: (D, 4).
         scores: (D,) of the predicted boxes.
+        heat: (H, W) map over the film, brighter where it is higher.
+        point: x and y of a place that is marked as predicted.
     """
 
     image: np.ndarray
@@ -91,6 +93,8 @@ class Case:
     truth_boxes: np.ndarray | None = None
     predicted_boxes: np.ndarray | None = None
     scores: np.ndarray | None = None
+    heat: np.ndarray | None = None
+    point: tuple[float, float] | None = None
 
 
 TRUTH, PREDICTION = "#2ca02c", "#ff7f0e"
@@ -112,6 +116,10 @@ def draw_cases(rows: Sequence[tuple[str, Sequence[Case]]], path: Path, title: st
     for line, (name, cases) in zip(axes, rows, strict=False):
         for place, (axis, case) in enumerate(zip(line, cases, strict=False)):
             axis.imshow(case.image, cmap="gray", vmin=0, vmax=255)
+            if case.heat is not None:
+                axis.imshow(case.heat, cmap="inferno", alpha=0.45)
+            if case.point is not None:
+                axis.plot(*case.point, "+", color=PREDICTION, markersize=9, markeredgewidth=2)
             for mask, colour in ((case.truth, TRUTH), (case.predicted, PREDICTION)):
                 if mask is not None and mask.any():
                     axis.contour(mask.astype(float), [0.5], colors=[colour], linewidths=1.2)

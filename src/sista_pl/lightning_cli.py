@@ -98,25 +98,26 @@ def _in(key: str | None) -> str:
     return f" in {key!r}" if key else ""
 
 
-def _classes() -> list[str]:
-    found: list[str] = []
-    todo: list[type] = [BaseTask, BaseDataModule]
+def _subclasses(*bases: type) -> list[Any]:
+    """Return the classes and all that derive from them."""
+    found: list[Any] = []
+    todo = list(bases)
     while todo:
         cls = todo.pop()
-        found.append(cls.__name__)
+        found.append(cls)
         todo += cls.__subclasses__()
-    return [name for name in found if not name.startswith("Base")]
+    return found
+
+
+def _classes() -> list[str]:
+    names = [cls.__name__ for cls in _subclasses(BaseTask, BaseDataModule)]
+    return [name for name in names if not name.startswith("Base")]
 
 
 def _keys() -> set[str]:
     """The arguments of every task, data module and of the Trainer."""
-    classes: list[type] = [BaseTask, BaseDataModule, Trainer]
-    keys: set[str] = set()
-    while classes:
-        cls = classes.pop()
-        keys |= set(inspect.signature(cls).parameters) - {"self", "kwargs"}
-        classes += cls.__subclasses__()
-    return keys
+    classes = _subclasses(BaseTask, BaseDataModule, Trainer)
+    return {name for cls in classes for name in inspect.signature(cls).parameters} - {"self", "kwargs"}
 
 
 class SistaCLI(LightningCLI):
@@ -159,7 +160,12 @@ class SistaCLI(LightningCLI):
         self.run_name = config.name or _first_config(sys.argv[1:])
         root, wanted = Path(config.run_root), config.get("ckpt_path")
         self.resumed: Path | None = None
-        if self.subcommand == "fit" and wanted is None:
+        if not self._trains(config):
+            if wanted is not None:
+                raise SistaError(
+                    f"--ckpt_path: {self.run_name} trains nothing; give the pre-training as --model.weights"
+                )
+        elif self.subcommand == "fit" and wanted is None:
             pass
         elif wanted in (None, "best", "last"):
             which = wanted or "best"
@@ -173,6 +179,21 @@ class SistaCLI(LightningCLI):
             self._check_task(read_checkpoint(config.ckpt_path), config)
             self.resumed = runs.run_of(Path(config.ckpt_path))
         self._check_tracking(config)
+
+    def _trains(self, config: Any) -> bool:
+        """Return whether the configured task is one that is trained.
+
+        Raises:
+            SistaError: it is not, and the verb is fit.
+        """
+        task = str(config.model.class_path).rsplit(".", 1)[-1]
+        trains = all(cls.trains for cls in _subclasses(BaseTask) if cls.__name__ == task)
+        if self.subcommand == "fit" and not trains:
+            raise SistaError(
+                f"{self.run_name}: {task} evaluates a pre-trained encoder, there is nothing to fit; sista test "
+                f"--config {self.run_name}.yaml --model.weights CHECKPOINT"
+            )
+        return trains
 
     def _check_task(self, checkpoint: dict[str, Any], config: Any) -> None:
         """Refuse the checkpoint of another task."""
@@ -269,7 +290,8 @@ def _first_config(argv: Sequence[str]) -> str:
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
             path = Path(value or argv[i + 1])
-            of_a_run = path.name == "config.yaml" and (path.parent / runs.CHECKPOINTS).is_dir()
+            kept = (path.parent / runs.CHECKPOINTS, path.parent / "test")  # an evaluation has no checkpoints
+            of_a_run = path.name == "config.yaml" and any(folder.is_dir() for folder in kept)
             return path.absolute().parent.parent.name if of_a_run else path.stem
     return "run"
 

@@ -19,6 +19,8 @@ import pandas as pd
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.metrics.classification import Classification
 from sista_pl.metrics.detection import Detection
+from sista_pl.metrics.grounding import Grounding
+from sista_pl.metrics.retrieval import RetrievalFigures
 from sista_pl.metrics.segmentation import Segmentation
 from sista_pl.runs import runs_of
 
@@ -198,6 +200,8 @@ def family_of(table: pd.DataFrame) -> tuple[Family, str]:
 
     * `intersection_pixels`, `predicted_pixels`, `truth_pixels`: segmentation, `dice_positive`,
     * `truth_boxes`, `predicted_boxes`: detection, `map_40_75`,
+    * `rank_i2t`, `rank_t2i`: retrieval, `R_mean`,
+    * `truth_share_<class>`, `hit_<class>`: grounding, `pointing_macro`,
     * `truth_<class>`, `score_<class>`: classification, `auroc_macro`.
 
     Raises:
@@ -207,6 +211,10 @@ def family_of(table: pd.DataFrame) -> tuple[Family, str]:
         return Segmentation.from_table(table), "dice_positive"
     if {"truth_boxes", "predicted_boxes"} <= set(table):
         return Detection.from_table(table), "map_40_75"
+    if {"rank_i2t", "rank_t2i"} <= set(table):
+        return RetrievalFigures.from_table(table), "R_mean"
+    if any(f"hit_{str(column).removeprefix('truth_share_')}" in table for column in table):
+        return Grounding.from_table(table), "pointing_macro"
     if any(str(column).startswith("truth_") for column in table):
         return Classification.from_table(table), "auroc_macro"
     columns = ", ".join(map(str, table)) or "no column"

@@ -51,6 +51,7 @@ class BaseTask(LightningModule):
     monitor = "val/loss"
     target = "pair"  # what its losses look at
     mode = "min"
+    trains = True  # False where there is nothing to fit: `sista test` needs no run before it
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class BaseTask(LightningModule):
         warmup: float = 0.05,
     ):
         super().__init__()
-        if not losses:
+        if not losses and self.trains:
             raise SistaError("model: no losses; give at least one, as in `losses: {instance: {name: clip}}`")
         self.loss_specs = {name: _plain(spec) for name, spec in losses.items()}
         self.weights = {name: spec.pop("weight", 1.0) for name, spec in self.loss_specs.items()}

@@ -66,10 +66,14 @@ def check_task(
     The configuration's own data group says which release is drawn; sizes, batches and epochs are replaced by small
     ones. It takes some ten to twenty seconds on one core.
 
+    Of a task that trains nothing (`EvaluationTask`), give `--model.weights` on the command line: `fit` has to be
+    refused in one line, and of the checks those hold that need no fit; `seed` means equal figures, `frozen` that a test
+    leaves all tensors as they were.
+
     Args:
         config: a configuration as `--config` takes it, or a command line, `["--config", "a.yaml", "--model.lr", "1"]`.
         studies: of the phantom; more where a finding is rare.
-        size: side of the images in pixels.
+        size: side of the images in pixels; that of the pre-training where `--model.weights` is one.
         folder: where to draw; what an earlier check of this configuration has drawn there is used again. A temporary
             one where not given.
         skip: names of `CHECKS` that are no promise of this task.
@@ -92,6 +96,7 @@ class _Conformance:
         self, command: list[str], folder: Path, runs: Path, studies: int, size: int, skip: Collection[str]
     ):  # fmt: skip
         self.name, self.runs, self.skip = " ".join(command), runs, skip
+        self.trains = True
         place = folder / re.sub(r"\W+", "-", f"{self.name}-{studies}-{size}")[-100:]
         self.data = [
             "--data.root", str(place / "raw"), "--data.store", str(place / "store"), "--data.size", str(size),
@@ -108,7 +113,11 @@ class _Conformance:
         ]  # fmt: skip
 
     def check(self) -> None:
-        observer, run = self.fit()
+        code, told = self.run("fit")
+        if code == 2 and "nothing to fit" in told:
+            self.check_evaluation(told)
+            return
+        observer, run = self.fitted(code, told)
         if "draws" in observer.task.hparams:  # of the bootstrap: enough for an interval
             self.common += ["--model.draws", "100"]
         if "step" not in self.skip:
@@ -123,6 +132,39 @@ class _Conformance:
             self.check_other(not observer.task.frozen)
         if not {"keys", "interval", "predictions", "nan"} <= set(self.skip):
             self.check_test(observer, run)
+        if "predict" not in self.skip:
+            self.check_predict(observer, run)
+        if "nan" not in self.skip:
+            self.check_nan(run)
+        if "target" not in self.skip:
+            self.check_target(observer)
+
+    def check_evaluation(self, told: str) -> None:
+        """Check a task that trains nothing: each test is a run of its own."""
+        if len(told.splitlines()) != 1:
+            fail(self.name, "fit", "it is refused in several lines; raise one SistaError")
+        self.trains = False
+        self.common += ["--model.draws", "100"]
+        self.done("test")
+        observer, run = Observer.latest, runs_of(self.runs, "check")[-1]
+        assert observer is not None
+        self.name = type(observer.task).__name__
+        self.check_hparams(observer)
+        if "frozen" not in self.skip:
+            after = observer.task.state_dict()
+            for name, value in observer.before.items():
+                # a tokenizer writes down to what length it was last asked to cut
+                if not name.endswith("_extra_state") and not torch.equal(value, after[name]):
+                    fail(self.name, "frozen", f"{name} has changed in a test; keep all of it in eval mode")
+        self.check_tested(observer, run)
+        if "seed" not in self.skip:
+            self.done("test")
+            told_twice = [
+                json.loads((found / "test/metrics.json").read_text())["test"]
+                for found in (run, runs_of(self.runs, "check")[-1])
+            ]
+            if differs := [name for name, value in told_twice[0].items() if value != told_twice[1].get(name)]:
+                fail(self.name, "seed", f"two tests of one seed differ in {differs[0]}; draw by generators of your own")
         if "predict" not in self.skip:
             self.check_predict(observer, run)
         if "nan" not in self.skip:
@@ -165,16 +207,14 @@ class _Conformance:
 
     def fit(self, *more: str) -> tuple[Observer, Path]:
         """Fit, and return what was seen from inside and the run's folder."""
-        code, told = self.run("fit", *more)
+        return self.fitted(*self.run("fit", *more))
+
+    def fitted(self, code: int, told: str) -> tuple[Observer, Path]:
+        """Return the same of a fit that was run."""
         observer = Observer.latest
         if observer is not None and observer.task is not None:
             self.name = type(observer.task).__name__
-            for key, value in observer.task.hparams.items():
-                if "hparams" not in self.skip and not _plain(value):
-                    fail(
-                        self.name, "hparams",
-                        f"{key} is a {type(value).__name__}; keep numbers, texts, lists and dicts, and build from them",
-                    )  # fmt: skip
+            self.check_hparams(observer)
             for value in observer.losses:
                 if not math.isfinite(value):
                     fail(self.name, "step", f"the loss of a training step is {value}; it has to be finite")
@@ -184,7 +224,19 @@ class _Conformance:
             fail(self.name, "fit", f"exit code {code}: {told}")
         return observer, runs_of(self.runs, "check")[-1]
 
+    def of_run(self, run: Path) -> list[str]:
+        """Return the options that take a run's best checkpoint, where the task has any."""
+        return ["--ckpt_path", str(run / CHECKPOINTS / "best.ckpt")] if self.trains else []
+
     # --- what is checked -------------------------------------------------------
+
+    def check_hparams(self, observer: Observer) -> None:
+        for key, value in observer.task.hparams.items():
+            if "hparams" not in self.skip and not _plain(value):
+                fail(
+                    self.name, "hparams",
+                    f"{key} is a {type(value).__name__}; keep numbers, texts, lists and dicts, and build from them",
+                )  # fmt: skip
 
     def check_frozen(self, observer: Observer, run: Path) -> None:
         after = self.checkpoint(run)["state_dict"]
@@ -242,7 +294,10 @@ class _Conformance:
             fail(self.name, "seed", f"two fits of one seed differ in {name}; draw by generators that the seed sets")
 
     def check_test(self, observer: Observer, run: Path) -> None:
-        self.done("test", "--ckpt_path", str(run / CHECKPOINTS / "best.ckpt"))
+        self.done("test", *self.of_run(run))
+        self.check_tested(observer, run)
+
+    def check_tested(self, observer: Observer, run: Path) -> None:
         assert Observer.latest is not None
         for key in sorted(observer.keys | Observer.latest.keys):
             if "keys" not in self.skip and not _KEY.fullmatch(key):
@@ -280,15 +335,16 @@ class _Conformance:
             fail(self.name, check, f"{path.name} has {len(table)} rows, the test split {len(expected)}; look at {odd}")
 
     def check_predict(self, observer: Observer, run: Path) -> None:
-        self.done("predict", "--ckpt_path", str(run / CHECKPOINTS / "best.ckpt"))
-        self.check_table("predict", run / "predictions.parquet", observer)
+        self.done("predict", *self.of_run(run))
+        here = run if self.trains else runs_of(self.runs, "check")[-1]
+        self.check_table("predict", here / "predictions.parquet", observer)
 
     def check_nan(self, run: Path) -> None:
-        path, best = run / "test/metrics.json", str(run / CHECKPOINTS / "best.ckpt")
-        before = path.read_bytes()
-        advice = "raise a SistaError where predictions are not finite, as TransferTask.figures does"
-        self.refused("nan", "images of NaN in a test", advice, "test", "--ckpt_path", best, poison=True)
-        if path.read_bytes() != before:
+        before = (run / "test/metrics.json").read_bytes()
+        advice = "raise a SistaError where predictions are not finite, as MeasuredTask.figures does"
+        self.refused("nan", "images of NaN in a test", advice, "test", *self.of_run(run), poison=True)
+        path = (run if self.trains else runs_of(self.runs, "check")[-1]) / "test/metrics.json"
+        if path.read_bytes() != before if self.trains else path.exists():
             fail(self.name, "nan", "a test that was refused has written metrics.json")
 
     def check_target(self, observer: Observer) -> None:
@@ -299,7 +355,7 @@ class _Conformance:
         if other != "pairs":
             changed += ["--data.target", other, "--data.masks_from_boxes", "true" if other == "mask" else "false"]
         advice = "raise a SistaError in setup(), as TransferTask.setup does"
-        self.refused("target", f"data of {other}", advice, "fit", *changed)
+        self.refused("target", f"data of {other}", advice, "fit" if self.trains else "test", *changed)
 
 
 def _other_target(data: Any) -> str | None:

@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ def load_encoder(path: str | Path) -> ImageEncoder:
     Raises:
         SistaError: not such a checkpoint, or weights that don't cover the encoder.
     """
-    checkpoint = read_checkpoint(path)
+    return image_encoder_of(read_checkpoint(path), path)
+
+
+def image_encoder_of(checkpoint: Mapping[str, Any], path: str | Path) -> ImageEncoder:
+    """Return the image encoder of a checkpoint that is read already; `path` is for the messages."""
     spec, size = _hyper(checkpoint, path, "image_encoder"), checkpoint["hyper_parameters"].get("image_size", 224)
     name, arguments = IMAGE_ENCODERS.split(_without_folder(spec, checkpoint))
     arguments.pop("weights", None)  # they would be overwritten, and may need a hub
@@ -73,7 +78,11 @@ def _without_folder(spec: Any, checkpoint: Mapping[str, Any]) -> Any:
 
 def load_text_encoder(path: str | Path) -> TextEncoder:
     """Return the text encoder of a checkpoint with its tokenizer, in eval mode; arguments as `load_encoder`."""
-    checkpoint = read_checkpoint(path)
+    return text_encoder_of(read_checkpoint(path), path)
+
+
+def text_encoder_of(checkpoint: Mapping[str, Any], path: str | Path) -> TextEncoder:
+    """Return the text encoder of a checkpoint that is read already; `path` is for the messages."""
     name, arguments = TEXT_ENCODERS.split(_hyper(checkpoint, path, "text_encoder"))
     state = checkpoint["state_dict"].get("text_encoder._extra_state")
     if name in TEXT_ENCODERS and name != "small-bert":
@@ -147,9 +156,10 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
 
     Args:
         encoder: which they are for.
-        weights: a checkpoint of `sista fit`, a folder that it exported, a file of timm's or torchvision's keys
-            (`.safetensors`, `.pth`, `.bin`), or for a checkpoint of another project `{path: FILE, prefix: backbone.}`,
-            `{path: FILE, preset: mgca | gloria}`, each with `minimum: 0.95` where it should be another.
+        weights: a checkpoint of `sista fit`, a folder of it or of `sista export`, a file of timm's or torchvision's
+            keys (`.safetensors`, `.pth`, `.bin`), or for a checkpoint of another project
+            `{path: FILE, prefix: backbone.}`, `{path: FILE, preset: mgca | gloria}`, each with `minimum: 0.95` where it
+            should be another.
         minimum: share of the encoder that must be found.
 
     Raises:
@@ -166,7 +176,7 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
     minimum = spec.get("minimum", minimum)
     if isinstance(minimum, bool) or not isinstance(minimum, (int, float)) or not 0 <= minimum <= 1:
         raise SistaError(f"weights: minimum is {minimum!r}; give a share from 0 to 1, as 0.95")
-    path = Path(spec["path"])
+    path = _checked(Path(spec["path"]))
     state = _tensors(path)
     own = encoder.state_dict()
     wanted = {k: v for k, v in own.items() if isinstance(v, Tensor) and not k.endswith("_extra_state")}
@@ -226,6 +236,18 @@ def encoder_spec(weights: str | Path | Mapping[str, Any]) -> Any:
         return None
     spec = checkpoint["hyper_parameters"].get("image_encoder")
     return None if spec is None else _without_folder(spec, checkpoint)
+
+
+MARK = "sista.json"  # in a folder that `sista export` wrote
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def encoder_hash(encoder: ImageEncoder) -> str:
@@ -323,8 +345,50 @@ def _architecture(path: Path) -> str | None:
     return f"{PREFIX}{arguments.get('path', '')}" if name == "hf" else name
 
 
+def _facts(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the folder that `sista export` wrote, and what it says of it; `path` is the folder, or its `image`."""
+    for root in (path, path.parent) if path.name == "image" else (path,):
+        if (root / MARK).is_file():
+            try:
+                facts = json.loads((root / MARK).read_text())
+                facts["format"], facts["files"].items(), facts["needs"].items(), facts["image"]["encoder"]["name"]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise SistaError(f"weights: {root / MARK} can't be read; export again") from None
+            return root, facts
+    return None
+
+
+def _checked(path: Path) -> Path:
+    """Return where the image encoder of an exported folder lies, its files compared; another path is as it is.
+
+    Raises:
+        SistaError: a file that was changed, a form without weights, another major version of the library.
+    """
+    found = _facts(path) if path.is_dir() else None
+    if found is None:
+        return path
+    root, facts = found
+    if facts["format"] == "onnx":
+        raise SistaError(f"weights: {root} is of ONNX, which is run and not trained; export again, --to timm")
+    for library, number in facts["needs"].items():
+        if version(library).split(".")[0] != str(number).split(".")[0]:
+            raise SistaError(
+                f"weights: {root} was exported with {library} {number}, {version(library)} is installed; install "
+                f"'{library}=={number}', or export again"
+            )
+    for name, told in facts["files"].items():
+        if name == "README.md":
+            continue  # its owner may write into it
+        if not (root / name).is_file() or file_hash(root / name) != told["sha256"]:
+            state = "was changed" if (root / name).is_file() else "is missing"
+            raise SistaError(f"weights: {root / name} {state} since it was exported; copy the folder again, or export")
+    return root / "image" if facts["format"] == "hf" else root
+
+
 def _exported_spec(folder: Path) -> dict[str, Any] | None:
-    """Return the spec of what `export_timm` wrote."""
+    """Return the spec of what `sista export` or `export_timm` wrote."""
+    if found := _facts(folder):
+        return found[1]["image"]["encoder"]
     try:
         config = json.loads((folder / "config.json").read_text())
         pretrained = config["pretrained_cfg"]

@@ -34,6 +34,61 @@ def siim_store(tmp_path_factory) -> Path:
     return _store("siim", 304, tmp_path_factory.mktemp("siim"), seed=6)
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A checkpoint of pre-training as it begins, on images of 48 px: both encoders, both heads, a tokenizer."""
+    import torch
+
+    from sista_pl.pretrain import PretrainTask
+
+    torch.manual_seed(0)
+    task = PretrainTask(
+        {"instance": {"name": "clip"}, "token": {"name": "sta"}}, "resnet10t",
+        {"name": "small-bert", "layers": 1, "dim": 32, "vocab_size": 300}, embed_dim=16, head_hidden=32, image_size=48,
+    )  # fmt: skip
+    words = "no small left right pleural effusion pneumothorax pneumonia opacity the lungs are clear heart enlarged"
+    task.text_encoder.fit([words, words])
+    path = tmp_path_factory.mktemp("pretrained") / "begin.ckpt"
+    told = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams), "task": "PretrainTask"}
+    torch.save(told, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tested(pretrained, tmp_path_factory):
+    """Return what runs `sista test` of an evaluation in a folder of its own: its run, in which told.txt is its log."""
+    import logging
+
+    from sista_pl.cli import main
+
+    def run(name: str, store: Path, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        log, handler = logging.getLogger("pytorch_lightning"), logging.FileHandler(folder / "told.txt")
+        log.addHandler(handler)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                assert main(["test", *_evaluation(name, store, pretrained), *more]) == 0
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+        return (folder / "told.txt").rename(folder / "runs" / name / "0001" / "told.txt").parent
+
+    return run
+
+
+def _evaluation(name: str, store: Path, weights: Path) -> list[str]:
+    at = COMMON.index("--data.min_epoch_images")  # of transfer alone
+    small = [*COMMON[:at], *COMMON[at + 2 :], "--data.crop", "48", "--trainer.logger", "false"]
+    return ["--config", f"{name}.yaml", *small, "--data.store", str(store), "--model.weights", str(weights)]
+
+
+@pytest.fixture(scope="session")
+def evaluation():
+    """Return what makes the command line of a small evaluation (configuration, store, weights), without a tracker."""
+    return _evaluation
+
+
 @pytest.fixture
 def cls(rsna_store) -> list[str]:
     """The command line of a small probe."""

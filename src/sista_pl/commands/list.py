@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sista_pl import packaged, plugins
-from sista_pl.runs import runs_of
+from sista_pl.runs import CHECKPOINTS, runs_of
 
 KINDS = ("tasks", "encoders", "losses", "datasets", "configs", "runs")
 
@@ -100,9 +101,12 @@ def _runs(root: Path) -> list[tuple[str, str]]:
 
 
 def _run_summary(run: Path) -> str:
-    path = run / "metrics.json"
+    path, tested = run / "metrics.json", run / "test/metrics.json"
     if not path.is_file():
-        return "not finished; resume with --ckpt_path last"
+        trained = (run / CHECKPOINTS).is_dir()
+        if trained or not tested.is_file():
+            return "not finished; resume with --ckpt_path last" if trained else "not finished"
+        return _test_summary(json.loads(tested.read_text()))
     metrics = json.loads(path.read_text())
     best = metrics.get("best") or {}
     figures = best.get("figures", {})
@@ -113,6 +117,16 @@ def _run_summary(run: Path) -> str:
     if metrics.get("phantom"):
         parts.append("PHANTOM DATA")
     return "  ".join(parts)
+
+
+def _test_summary(metrics: dict[str, Any]) -> str:
+    """Return the line of a run that is a test alone: an evaluation, which trains nothing."""
+    key = str(metrics.get("monitor")).replace("val/", "test/")
+    figure = metrics.get("intervals", {}).get(key) or {"value": float("nan"), "interval95": None}
+    ends = "" if figure["interval95"] is None else "[{:.3f}, {:.3f}]".format(*figure["interval95"])
+    return "  ".join(
+        filter(None, [f"{key} {figure['value']:.3f}", ends, "PHANTOM DATA" * bool(metrics.get("phantom"))])
+    )
 
 
 def _summary(builder: object) -> str:

@@ -1,16 +1,19 @@
-"""What a prediction is worth, with intervals: a file each for retrieval, classification, segmentation and detection."""
+"""What a prediction is worth, with intervals: a file each for retrieval, classification, grounding, segmentation, …"""
 
 from sista_pl.metrics.bootstrap import bootstrap_interval, intervals
 from sista_pl.metrics.classification import Classification, best_thresholds
 from sista_pl.metrics.detection import Detection
-from sista_pl.metrics.retrieval import RANKS, Retrieval, best_ranks, chance
+from sista_pl.metrics.grounding import Grounding
+from sista_pl.metrics.retrieval import RANKS, Retrieval, RetrievalFigures, best_ranks, chance, precision_at
 from sista_pl.metrics.segmentation import Segmentation, overlap
 
 __all__ = [
     "RANKS",
     "Classification",
     "Detection",
+    "Grounding",
     "Retrieval",
+    "RetrievalFigures",
     "Segmentation",
     "best_ranks",
     "best_thresholds",
@@ -18,4 +21,5 @@ __all__ = [
     "chance",
     "intervals",
     "overlap",
+    "precision_at",
 ]

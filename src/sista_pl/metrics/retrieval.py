@@ -1,18 +1,26 @@
 """Retrieval between images and reports, and chance.
 
-N pairs, D joint dimension, k ranks.
+N pairs, D joint dimension, k ranks, K findings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from sista_pl.errors import SistaError
+from sista_pl.errors import SistaError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RANKS = (1, 5, 10)
+WAYS = ("i2t", "t2i")
 
 
 def best_ranks(scores: Tensor, positive: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ class Retrieval(Metric):
         self.ranks = {"i2t": best_ranks(scores, positive).cpu(), "t2i": best_ranks(scores.T, positive).cpu(),
                       "sample": sample[keep].cpu()}  # fmt: skip
         figures: dict[str, Tensor] = {}
-        for way in ("i2t", "t2i"):
+        for way in WAYS:
             ranks = self.ranks[way].to(scores.device)
             figures |= {f"{way}_R@{k}": (ranks <= k).float().mean() for k in RANKS}
             figures[f"{way}_median_rank"] = ranks.float().median()
@@ -125,3 +133,116 @@ def chance(scores: Tensor, report: Tensor, k: int, permutations: int, seed: int)
         shuffled = report[torch.randperm(len(report), generator=generator).to(report.device)]
         recalls.append((top == shuffled[:, None]).any(1).float().mean())
     return torch.stack(recalls)
+
+
+def precision_at(
+    scores: Tensor, stated: np.ndarray, same: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how many of the k nearest reports state what the image's own report states.
+
+    Args:
+        scores: (N, N) image by text, higher is nearer.
+        stated: (N, K) bool, which findings each report states.
+        same: (N,) ids; a report of the image's own id (its study) is not among those that are looked at.
+        k: how many; fewer where there are no more.
+
+    Returns:
+        (N, K) share of the k nearest that state the finding, NaN where the own report does not state it; the same of
+        reports drawn at random; (N, k) places of the nearest reports.
+    """
+    own = torch.from_numpy(same[:, None] == same[None])
+    order = scores.cpu().float().masked_fill(own, -torch.inf).topk(min(k, len(scores)), dim=1).indices.numpy()  # N k
+    others = len(same) - own.sum(1).numpy()  # N
+    counted = np.arange(order.shape[1]) < np.minimum(k, others)[:, None]  # N k
+    near = np.einsum("nk,nkc->nc", counted.astype(float), stated[order].astype(float))
+    near /= np.maximum(1, counted.sum(1))[:, None]
+    there = stated.sum(0) - own.float().numpy() @ stated
+    random = there / np.maximum(1, others)[:, None]
+    lacks = ~stated | (others == 0)[:, None]
+    return np.where(lacks, np.nan, near), np.where(lacks, np.nan, random), order
+
+
+class RetrievalFigures:
+    """Figures of retrieval as functions of the pairs' weights; the pool that is searched stays the same.
+
+    Args:
+        ranks: `i2t` and `t2i`, (N,) from 1, of `best_ranks`.
+        precision: (N, K) of `precision_at`, NaN where the own report does not state the finding.
+        random: likewise, of reports drawn at random.
+        names: of the K findings.
+        k: of the precision.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, np.ndarray],
+        precision: np.ndarray,
+        random: np.ndarray,
+        names: Sequence[str],
+        k: int = 10,
+    ):
+        self.ranks = {way: np.asarray(ranks[way], np.int64) for way in WAYS}
+        self.precision, self.random = np.asarray(precision, np.float64), np.asarray(random, np.float64)
+        self.names, self.k = list(names), k
+        self.absent: list[str] = []
+        self._order = {way: np.argsort(values, kind="stable") for way, values in self.ranks.items()}
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame) -> RetrievalFigures:
+        """Return the family of a table of predictions, as `sista test` writes it.
+
+        Args:
+            table: `rank_i2t`, `rank_t2i`, and `precision@<k>/<finding>` and `random@<k>/<finding>` of each finding,
+                empty where the report does not state it.
+
+        Raises:
+            SistaError: a column is missing or holds no numbers.
+        """
+        found = [str(column) for column in table if str(column).startswith("precision@")]
+        heads = {column.partition("/")[0] for column in found} or {"precision@10"}
+        names = [column.partition("/")[2] for column in found]
+        k = int(min(heads).removeprefix("precision@"))
+        for column in ("rank_i2t", "rank_t2i", *(f"random@{k}/{name}" for name in names)):
+            if column not in table:
+                raise SistaError(f"there is no {column}; {did_you_mean(column, map(str, table))}")
+        try:
+            precision = table[found].to_numpy(np.float64)
+            random = table[[f"random@{k}/{name}" for name in names]].to_numpy(np.float64)
+            ranks = {way: table[f"rank_{way}"].to_numpy(np.int64) for way in WAYS}
+        except (TypeError, ValueError) as why:
+            raise SistaError(f"the columns of ranks hold no numbers ({why}); give figures") from None
+        return cls(ranks, precision, random, names, k)
+
+    def figure(self, name: str, weights: np.ndarray | None = None) -> float:
+        """Return one of the `figures`, NaN where it is not defined."""
+        return self.figures(weights).get(name, float("nan"))
+
+    def figures(self, weights: np.ndarray | None = None) -> dict[str, float]:
+        """Return the figures by name, one that is not defined left out:
+
+        * `i2t_R@k` and `t2i_R@k` for k of 1, 5, 10, `R_mean`, their mean, `i2t_median_rank` and `t2i_median_rank`,
+        * `precision@k/<finding>`, and `precision@k_macro`, the mean over the findings,
+        * `precision@k_chance_macro` of reports drawn at random, and `precision@k_above_chance_macro`, what is gained.
+
+        Args:
+            weights: (N,) >= 0 of the pairs; all 1 where not given.
+        """
+        w = np.ones(len(self.precision)) if weights is None else np.asarray(weights, np.float64)
+        found: dict[str, float] = {}
+        for way in WAYS:
+            found |= {f"{way}_R@{k}": float(w @ (self.ranks[way] <= k) / w.sum()) for k in RANKS}
+        found["R_mean"] = float(np.mean(list(found.values())))
+        for way in WAYS:
+            order = self._order[way]
+            middle = np.searchsorted(np.cumsum(w[order]), w.sum() / 2)
+            found[f"{way}_median_rank"] = float(self.ranks[way][order[middle]])
+        known = ~np.isnan(self.precision)
+        total = w @ known
+        there = np.flatnonzero(total > 0)
+        head = f"precision@{self.k}"
+        near, random = ((w @ np.where(known, x, 0))[there] / total[there] for x in (self.precision, self.random))
+        found |= {f"{head}/{self.names[c]}": float(value) for c, value in zip(there, near, strict=True)}
+        if len(there):
+            found |= {f"{head}_macro": float(near.mean()), f"{head}_chance_macro": float(random.mean())}
+            found[f"{head}_above_chance_macro"] = float((near - random).mean())
+        return found

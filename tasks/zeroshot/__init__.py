@@ -1,0 +1,5 @@
+"""Findings of an image, asked for in words."""
+
+from sista_tasks.zeroshot.task import ZeroShotTask
+
+__all__ = ["ZeroShotTask"]

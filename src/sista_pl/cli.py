@@ -19,6 +19,7 @@ LIGHT_VERBS = {
     "data": ("sista_pl.commands.data", "draw a phantom, prepare and look at data"),
     "sweep": ("sista_pl.commands.sweep", "methods x seeds x tasks x label fractions, resumable, compared at the end"),
     "compare": ("sista_pl.commands.compare", "methods on stored predictions: paired intervals, p-values, ranks"),
+    "report": ("sista_pl.commands.report", "a sweep as one HTML page: tables, curves, maps, worst cases"),
     "new": ("sista_pl.commands.new", "begin a task of your own: a small plug-in package that works as it is"),
     "bench": ("sista_pl.commands.bench", "speed as ratios: the losses beside the encoders, the store beside decoding"),
     "list": ("sista_pl.commands.list", "what is installed: tasks, encoders, losses, datasets, configs, runs"),

@@ -16,6 +16,8 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sista_pl import packaged, runs
 from sista_pl.errors import SistaError, did_you_mean
@@ -132,14 +134,19 @@ class Sweep:
 def read_sweep(name: str) -> Sweep:
     """Read a sweep from a file, or the packaged one of that name.
 
+    `${oc.env:NAME}` stands for an environment variable, `${key}` for another value of the file.
+
     Raises:
-        SistaError: no such file; not YAML; an unknown key, a configuration that is not there, nothing to sweep over.
+        SistaError: no such file; not YAML; an unknown key, a configuration that is not there, nothing to sweep over, a
+            variable that is not set.
     """
     path = packaged.find(name)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as why:
+        given: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as why:
         raise SistaError(f"sweep {path}: not YAML: {' '.join(str(why).split())[:200]}; check that place") from None
+    except OmegaConfBaseException as why:
+        raise SistaError(f"sweep {path}: {str(why).splitlines()[0]}; set it, or write the value there") from None
     if not isinstance(given, dict):
         raise SistaError(f"sweep {path}: no mapping; write methods, tasks, seeds and fractions")
     _known(given, KEYS, f"sweep {path}")

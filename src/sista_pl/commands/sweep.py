@@ -44,7 +44,7 @@ The file:
   reference: clip
 
 Its folder then holds cells.csv (a line a cell, what `sista compare --table` reads), figures.csv (each figure of each
-test with its interval), compare.md, and the runs, each of them an MLflow run, too.
+test with its interval), compare.md, report.html (all of it on one page), and the runs, each of them an MLflow run, too.
 """
 
 
@@ -68,6 +68,9 @@ def main(argv: list[str]) -> int:
         raise SistaError(f"sweep: --jobs is {options.jobs}; give at least 1")
     devices = _devices()
     jobs = options.jobs or devices or min(os.cpu_count() or 1, 8)
+    from sista_pl.report.swept import write_plan  # after the parser: it brings torch
+
+    write_plan(book.root, sweep)
     failed = _Run(sweep, book, jobs, devices, options.keep_going).all(sweep.cells(part))
     _show(sweep, book)
     if failed:
@@ -251,3 +254,6 @@ def _show(sweep: Sweep, book: Book) -> None:
 
         reference = ["--reference", sweep.reference] if sweep.reference in tested else []
         compare(["--table", str(path), "--out", str(book.root), *reference])
+    from sista_pl.commands.report import main as report
+
+    report([str(book.root)])

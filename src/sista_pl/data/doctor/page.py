@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from html import escape
@@ -15,46 +13,28 @@ from PIL import Image, ImageDraw
 from sista_pl.data.doctor.reports import BATCHES
 from sista_pl.data.doctor.subject import LEVELS, Check, Subject, worst
 from sista_pl.data.formats import SPLITS
+from sista_pl.html import opening, picture, tiles
 
 _STYLE = """\
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #17171a; --soft: #5d5e63; --line: #e3e3df;
-  --ok: #0a7d33; --note: #2563b8; --warning: #9a5b00; --problem: #c02626; --tint: 9%;
+:root { --ok: #0a7d33; --note: #2563b8; --warning: #9a5b00; --problem: #c02626; --tint: 9%;
   --train: #2a78d6; --val: #1baf7a; --test: #d99100; }
-@media (prefers-color-scheme: dark) { :root { --page: #131315; --card: #1c1c1f; --ink: #f0f0ee; --soft: #a2a3a8;
-  --line: #323236; --ok: #4cc475; --note: #78aef5; --warning: #f0b04e; --problem: #ff7b72; --tint: 16%;
-  --train: #3987e5; --val: #199e70; --test: #c98500; } }
-* { box-sizing: border-box } body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 48px }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -.01em }
-h2 { font-size: 18px; margin: 40px 0 12px } h3 { font-size: 15px; margin: 24px 0 8px }
-p { margin: 0 0 8px } .soft, figcaption, .next { color: var(--soft) } .num { font-variant-numeric: tabular-nums }
-.phantom { background: #6b3fa0; color: #fff; text-align: center; font-weight: 700; letter-spacing: .14em;
-  padding: 8px 16px } .phantom span { font-weight: 400; letter-spacing: 0; opacity: .9 }
+@media screen and (prefers-color-scheme: dark) { :root { --ok: #4cc475; --note: #78aef5; --warning: #f0b04e;
+  --problem: #ff7b72; --tint: 16%; --train: #3987e5; --val: #199e70; --test: #c98500; } }
 header { display: flex; gap: 16px; justify-content: space-between; align-items: flex-start; flex-wrap: wrap }
 .badge, .level { display: inline-block; border-radius: 999px; font-weight: 600; white-space: nowrap;
   color: var(--c); background: color-mix(in srgb, var(--c) var(--tint), transparent) }
 .badge { padding: 8px 16px; border: 1px solid var(--c); border-radius: 10px; line-height: 1.4 }
 .badge .soft { font-weight: 400; font-size: 13px } .level { padding: 1px 10px; font-size: 13px }
 .ok { --c: var(--ok) } .note { --c: var(--note) } .warning { --c: var(--warning) } .problem { --c: var(--problem) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; margin: 24px 0 0 }
-.tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px }
-.tile b { display: block; font-size: 22px; line-height: 1.25 } .card { overflow-x: auto }
-table { border-collapse: collapse; width: 100% } th { text-align: left; font-size: 13px; color: var(--soft);
-  font-weight: 500 } td, th { padding: 9px 12px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-tr:last-child td { border-bottom: 0 } td.r, th.r { text-align: right } td:last-child, th:last-child { padding-right: 0 }
-td.name { font-weight: 600; white-space: nowrap } .next { font-size: 14px } .next::before { content: "→ " }
+.card { overflow-x: auto } .next { color: var(--soft); font-size: 14px } .next::before { content: "→ " }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 14px }
-figure { margin: 0 } figure > div { display: flex; gap: 4px } figcaption { font-size: 13px; margin-top: 4px;
-  overflow-wrap: anywhere } img { width: 100%; min-width: 0; aspect-ratio: 1; background: #000; border-radius: 6px;
-  display: block } figure > div img { width: 50% } .one figure > div img { width: 100% }
-.key { display: flex; gap: 18px; flex-wrap: wrap; font-size: 13px; color: var(--soft); margin: 0 0 10px }
+figure > div { display: flex; gap: 4px } img { width: 100%; min-width: 0; aspect-ratio: 1; background: #000;
+  border-radius: 6px; display: block } figure > div img { width: 50% } .one figure > div img { width: 100% }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px }
-svg { display: block; width: 100%; height: auto } svg text { fill: var(--ink); font-size: 13px }
 svg .faint { fill: var(--soft) } svg .axis { stroke: var(--line) } .f-train { fill: var(--train) }
 .f-val { fill: var(--val) } .f-test { fill: var(--test) } .i-train { background: var(--train) }
-.i-val { background: var(--val) } .i-test { background: var(--test) } footer { margin-top: 40px; font-size: 13px }
+.i-val { background: var(--val) } .i-test { background: var(--test) }
 """
 _SIGNS = {"ok": "✓", "note": "i", "warning": "!", "problem": "✕"}
 _VERDICTS = {
@@ -92,23 +72,19 @@ def _head(subject: Subject, checks: Sequence[Check], title: str) -> str:
     level = worst(checks)
     counted = [(sum(check.level == name for check in checks), name) for name in reversed(LEVELS[1:])]
     told = " · ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counted)
-    phantom = '<div class="phantom">PHANTOM DATA <span>drawn, not taken from patients</span></div>\n'
     table = subject.table
-    tiles: list[tuple[int, str]] = [
+    counts: list[tuple[int, str]] = [
         (len(table), "images"), (table["study_id"].nunique(), "studies"), (table["patient_id"].nunique(), "patients"),
     ]  # fmt: skip
-    tiles += [(int((table["split"] == split).sum()), split) for split in SPLITS if (table["split"] == split).any()]
-    tiles.append((len(subject.skipped), "left out"))
-    shown = "".join(
-        f'<div class="tile"><b class="num">{count:,}</b><span class="soft">{what}</span></div>' for count, what in tiles
-    )
+    counts += [(int((table["split"] == split).sum()), split) for split in SPLITS if (table["split"] == split).any()]
+    counts.append((len(subject.skipped), "left out"))
+    shown = tiles([(f"{count:,}", what) for count, what in counts])
     about = f"{subject.kind}, {subject.name}: {subject.version}; split {subject.split}"
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}: data doctor</title><style>\n{_STYLE}</style>\n{phantom if subject.phantom else ''}"
-        f'<main><header><div><h1>{escape(title)}</h1><p class="soft">{escape(about)}</p></div>\n'
+        f"{opening(f'{title}: data doctor', _STYLE, subject.phantom)}<main><header><div><h1>{escape(title)}</h1>"
+        f'<p class="soft">{escape(about)}</p></div>\n'
         f'<div class="badge {level}">{_SIGNS[level]}&ensp;{_VERDICTS[level]}<br>'
-        f'<span class="soft num">{told}</span>\n</div></header><div class="tiles">{shown}</div>'
+        f'<span class="soft num">{told}</span>\n</div></header>{shown}'
     )
 
 
@@ -221,13 +197,12 @@ def _samples(subject: Subject, name: Callable[[int], str], seed: int) -> str:
 
 
 def _figure(subject: Subject, rows: Sequence[int], caption: str) -> str:
-    told = escape(caption)
-    images = "".join(f'<img src="data:image/jpeg;base64,{_jpeg(subject, row)}" alt="{told}">' for row in rows)
-    return f"<figure><div>{images}</div><figcaption>{told}</figcaption></figure>"
+    images = "".join(picture(_drawn(subject, row), caption) for row in rows)
+    return f"<figure><div>{images}</div><figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _jpeg(subject: Subject, row: int) -> str:
-    """The image with the outline of its mask and its boxes, as base64."""
+def _drawn(subject: Subject, row: int) -> Image.Image:
+    """The image with the outline of its mask and its boxes."""
     side = max(_SIDE, subject.size)
     image = Image.fromarray(subject.image(row)).resize((side, side), Image.Resampling.BILINEAR).convert("RGB")
     if subject.mask and bool(subject.table["has_mask"].iat[row]):
@@ -245,6 +220,4 @@ def _jpeg(subject: Subject, row: int) -> str:
     for box in json.loads(boxes) if isinstance(boxes, str) else ():
         corners = [scale * v for v in (box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"])]
         draw.rectangle(corners, outline=_BOX, width=max(1, side // 128))
-    buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return image

@@ -1,0 +1,191 @@
+"""What a sweep's folder holds: which cells were wanted, which are done, where their runs lie and what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from sista_pl import runs
+from sista_pl.errors import SistaError
+from sista_pl.stored import PREDICTIONS, Run
+from sista_pl.sweep import PRETRAIN, Book, Cell, Sweep, read_sweep
+
+PLAN, SCHEMA = "sweep.json", 1
+OWN = ("--name", "--run_root", "--seed_everything", "--data.label_fraction", "--data.fraction_seed", "--model.weights")
+
+
+def write_plan(root: Path, sweep: Sweep) -> Path:
+    """Keep beside a sweep's runs which cells it wants, so that a report knows what is missing."""
+    told = {"schema": SCHEMA, "name": sweep.name, "reference": sweep.reference,
+            "cells": [asdict(cell) for cell in sweep.cells()]}  # fmt: skip
+    partial = root / f".{PLAN}.{os.getpid()}.partial"  # tasks of an array job write it, too
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        partial.replace(root / PLAN)
+    except OSError as why:
+        raise SistaError(f"sweep: {root} cannot be written ({why.strerror}); give --out another folder") from None
+    return root / PLAN
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep's folder.
+
+    Args:
+        root: the folder.
+        name: of the sweep.
+        wanted: its cells, each pre-training before its tasks.
+        reference: the method that the others are set against, or None where the folder doesn't say.
+        complete: whether `wanted` are all cells of the sweep; else it is those that are known to be done.
+    """
+
+    root: Path
+    name: str
+    wanted: list[Cell]
+    reference: str | None = None
+    complete: bool = True
+
+    @classmethod
+    def open(cls, root: Path, config: str | None = None) -> Swept:
+        """Read what a sweep left.
+
+        Args:
+            root: its folder.
+            config: its file, where the folder was made before it kept one.
+
+        Raises:
+            SistaError: no such folder, or nothing of a sweep in it.
+        """
+        if not root.is_dir():
+            raise SistaError(f"report: {root}: no such folder; give that of a sweep, as sweeps/NAME")
+        if config is not None:
+            sweep = read_sweep(config)
+            return cls(root, sweep.name, sweep.cells(), sweep.reference)
+        try:
+            if (root / PLAN).is_file():
+                told = json.loads((root / PLAN).read_text(encoding="utf-8"))
+                return cls(root, told["name"], [Cell(**cell) for cell in told["cells"]], told["reference"])
+            if (root / "figures.csv").is_file():
+                return cls(root, root.resolve().name, _told(root / "figures.csv"), complete=False)
+        except (OSError, ValueError, KeyError, TypeError) as why:
+            raise SistaError(f"report: {root}: {PLAN} or figures.csv can't be read ({why}); run its sweep again, or "
+                             "give --config") from None  # fmt: skip
+        raise SistaError(f"report: {root} has neither {PLAN} nor figures.csv; run `sista sweep` first, or give the "
+                         "sweep's --config")  # fmt: skip
+
+    @property
+    def book(self) -> Book:
+        return Book(self.root)
+
+    @cached_property
+    def done(self) -> list[Cell]:
+        """The cells that are done and have a test."""
+        return [cell for cell in self.wanted if self.book.mark(cell).is_file() and self.run(cell) is not None]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(cell.method for cell in self.wanted))
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(cell.seed for cell in self.wanted))
+
+    @property
+    def settings(self) -> list[tuple[str, float]]:
+        """Tasks with their shares of the labels, in the sweep's order."""
+        found = dict.fromkeys((cell.task, cell.fraction) for cell in self.wanted)
+        return [(task, share) for task, share in found if task is not None and share is not None]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(task for task, _ in self.settings))
+
+    def count(self, method: str, task: str | None, fraction: float | None) -> tuple[int, int]:
+        """Return how many seeds of a method's cells in a setting are done, and how many are wanted."""
+
+        def of(cells: Iterable[Cell]) -> int:
+            return sum((cell.method, cell.task, cell.fraction) == (method, task, fraction) for cell in cells)
+
+        return of(self.done), of(self.wanted)
+
+    def run(self, cell: Cell) -> Path | None:
+        """Return the newest run of a cell that has a test, or None."""
+        tested = [run for run in runs.runs_of(self.book.runs, cell.name) if (run / "test" / "metrics.json").is_file()]
+        return tested[-1] if tested else None
+
+    def tested(self) -> list[Run]:
+        """Return the predictions of all task cells that are done, as `sista compare` takes them."""
+        found = []
+        for cell in self.done:
+            file = (self.run(cell) or self.root) / "test" / PREDICTIONS
+            if cell.task is not None and file.is_file():
+                found.append(Run(cell.method, file, str(cell.seed), cell.task, cell.fraction))
+        return found
+
+    def facts(self, cell: Cell, test: bool = True) -> dict[str, Any]:
+        """Return metrics.json of a cell that is done: of its test, or of its training, {} where that has none."""
+        run = self.run(cell)
+        return read_json(run / ("test/metrics.json" if test else "metrics.json")) if run is not None else {}
+
+    def config(self, cell: Cell) -> dict[str, Any]:
+        """Return the configuration of a cell's run, {} where it has none."""
+        file = (self.run(cell) or self.root) / "config.yaml"
+        try:
+            found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except (OSError, ValueError, yaml.YAMLError) as why:
+            raise SistaError(f"report: {file}: can't be read ({' '.join(str(why).split())[:120]}); make the cell "
+                             "again") from None  # fmt: skip
+        return found if isinstance(found, dict) else {}
+
+    def here(self, path: str, cell: Cell) -> Path:
+        """Return a path of a run's configuration: as it is, or seen from where the sweep was run."""
+        given, root = Path(path), Path(str(self.config(cell).get("run_root") or ""))
+        if given.exists() or given.is_absolute() or root.is_absolute():
+            return given
+        at = self.book.runs.resolve()
+        return Path(*at.parts[: -len(root.parts)]) / given if at.parts[-len(root.parts) :] == root.parts else given
+
+    def mark(self, cell: Cell) -> dict[str, Any]:
+        """Return the mark of a cell that is done: its `commands`, with OUT for the sweep's folder, and `seconds`."""
+        return read_json(self.book.mark(cell))
+
+    def made_by(self, cell: Cell) -> list[str]:
+        """Return the configurations and options of a cell, without those that every cell has."""
+        commands = self.mark(cell).get("commands") or [[]]
+        words = iter(commands[0][1:])
+        return [f"{value}" if flag == "--config" else f"{flag.removeprefix('--')}={value}"
+                for flag, value in zip(words, words, strict=False) if flag not in OWN]  # fmt: skip
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, {} where it isn't there.
+
+    Raises:
+        SistaError: it can't be read.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as why:
+        raise SistaError(f"report: {file}: can't be read ({why}); make that cell again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _told(file: Path) -> list[Cell]:
+    """Return the cells that figures.csv has."""
+    rows = pd.read_csv(file, usecols=["method", "task", "fraction", "seed"]).drop_duplicates()
+    return [
+        Cell(str(row["method"]), int(row["seed"])) if row["task"] == PRETRAIN
+        else Cell(str(row["method"]), int(row["seed"]), str(row["task"]), float(row["fraction"]))
+        for row in rows.to_dict("records")
+    ]  # fmt: skip

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,10 @@ from sista_pl.data.phantom import (
     study_from_mesh,
     write_phantom,
 )
-from sista_pl.data.phantom.cohort import Plan, draw
+from sista_pl.data.phantom.cohort import LAYOUTS, Plan, draw
 from sista_pl.data.phantom.layouts.open_i import tags_of
+from sista_pl.data.phantom.objects import draw_objects
+from sista_pl.data.phantom.study import OBJECTS
 from sista_pl.data.reports import split_sections
 from sista_pl.errors import SistaError
 
@@ -157,20 +160,22 @@ def test_stated_is_what_tags_name_and_not_what_looks_alike():
 
 
 def attributes(study):
-    """What tags can tell: not how the film was taken, nor by which way a line came."""
-    ways = ("view=", "rotation=", "exposure=", "port=", "picc", "central_line")
+    """What tags can tell: not how the film was taken, by which way a line came, nor what a foreign body is."""
+    ways = ("view=", "rotation=", "exposure=", "port=", "picc", "central_line", *OBJECTS)
     return {a for a in study.attributes() if not a.startswith(ways)}
 
 
 def test_tags_of_a_drawn_study_are_read_back_as_that_study():
     seen = Counter()
     for i in range(400):
-        study = draw_study(np.random.default_rng([5, i]))
+        rng = np.random.default_rng([5, i])
+        study = replace(draw_study(rng), objects=draw_objects(rng, 0.5, 3))
         tagged = findings_from_mesh(tags_of(study))
         back = study_from_mesh(tagged, seed=3, patient=i)
         assert attributes(back) == attributes(study), tags_of(study)
         assert not tagged.missing
         assert sorted(map(str, back.findings)) == sorted(map(str, study.findings))
+        assert {(o.side, o.zone) for o in back.objects} == {(o.side, o.zone) for o in study.objects}
         seen.update(f.kind for f in back.findings)
     assert min(seen.values()) >= 3
     assert len(seen) == 14
@@ -205,7 +210,7 @@ def test_what_tags_leave_open_is_drawn_from_the_seed_and_nothing_else_is():
 def test_the_film_shows_what_the_tags_say():
     tags = ("Pleural Effusion/right/large", "Nodule/lung/apex/left")
     report = TaggedReport("CXR1", tags, "x", findings="A sentence that was invented.")
-    drawn = draw(Plan(0, 0), 0, 96, aspect=False, real=report)
+    drawn = draw(Plan(0, 0), 0, 96, LAYOUTS.build("rsna"), report)
     assert [box[0] for box in drawn.rendering.boxes] == ["effusion", "nodule"]
     assert np.flatnonzero(drawn.rendering.masks["effusion.0"].any(0)).mean() < 48  # the patient's right is on our left
     rows, columns = np.nonzero(drawn.rendering.masks["nodule.1"])
@@ -269,7 +274,7 @@ def test_the_text_file_of_a_report_has_its_words_whatever_they_are(reports):
     for number, (uid, findings, impression, _) in enumerate(USED):
         real = read_real_reports(reports).reports[number]
         assert real.uid == uid
-        text = draw(Plan(number, 0), 0, 32, real=real).document()
+        text = draw(Plan(number, 0), 0, 32, LAYOUTS.build("mimic_cxr"), real).document()
         assert "XXXX" not in text
         expected = {"findings": findings.replace("XXXX ", ""), "impression": impression}
         assert split_sections(text) == {name: words for name, words in expected.items() if words}
@@ -377,7 +382,7 @@ def test_real_reports(real_data, capsys):
 def test_films_of_real_reports(real_data):
     reports = read_real_reports(real_data / "reports_only_iu.csv").reports
     for number in range(0, len(reports), len(reports) // 20):
-        drawn = draw(Plan(number, 0), 0, 96, real=reports[number])
+        drawn = draw(Plan(number, 0), 0, 96, LAYOUTS.build("mimic_cxr"), reports[number])
         assert drawn.rendering.image.std() > 20
         assert stated(drawn.study, drawn.report) == findings_from_mesh(reports[number].tags).states
         kinds = {finding.kind for finding in drawn.study.findings} - {"emphysema"}

@@ -1,6 +1,7 @@
 """SIIM-ACR: masks come back bit for bit; the three layouts; the leak of the split by rows; bad tables."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from sista_pl.data.formats import READERS
 from sista_pl.data.images import BadImage
 from sista_pl.data.masks import Rle
 from sista_pl.data.phantom import decode_rle, write_phantom
+from sista_pl.data.phantom.cohort import LAYOUTS, Plan
 from sista_pl.data.phantom.layouts.siim import relative_runs
 from sista_pl.data.prepare import prepare
 from sista_pl.errors import SistaError
@@ -50,6 +52,23 @@ def test_masks_equal_what_was_drawn_bit_for_bit(root, tmp_path):
     films = store.images(range(90)).astype(float)
     # MONOCHROME1 too: the abdomen is whiter than the lungs, film by film
     assert ((films[:, 88:, 30:66].mean((1, 2)) - films[:, 30:50, 22:34].mean((1, 2))) > 0).mean() > 0.95
+
+
+def test_the_layout_has_the_share_of_the_release_and_changes_nothing_else():
+    siim, usual = LAYOUTS.build("siim"), LAYOUTS.build("rsna")
+    plans = [Plan(patient, 0) for patient in range(1500)]
+    shown = 0
+    for plan in plans:
+        study, plain = siim.study(plan, 3), usual.study(plan, 3)
+        assert [f for f in study.findings if f.kind != "pneumothorax"] == [
+            f for f in plain.findings if f.kind != "pneumothorax"
+        ]
+        found = {f.kind for f in study.findings}
+        assert [t for t in study.tubes if t.kind != "chest_tube"] == [t for t in plain.tubes if t.kind != "chest_tube"]
+        assert "pneumothorax" in found or all(t.kind != "chest_tube" for t in study.tubes)
+        assert replace(study, findings=(), tubes=()) == replace(plain, findings=(), tubes=())
+        shown += "pneumothorax" in found
+    assert 0.18 < shown / len(plans) < 0.26
 
 
 def test_the_awkward_parts_are_there(root):

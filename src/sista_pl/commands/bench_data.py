@@ -79,11 +79,13 @@ def steps(images: int, size: int, crop: int, epochs: int = 20) -> tuple[dict[str
 
 
 def _radiographs(folder: Path, count: int) -> list[Path]:
-    from sista_pl.data.phantom.cohort import Plan, draw
+    from sista_pl.data.phantom.cohort import LAYOUTS, Plan, draw
 
-    files, rng = [], np.random.default_rng(0)
+    files, rng, layout = [], np.random.default_rng(0), LAYOUTS.build("mimic_cxr")
     for number in range(count):
-        film = Image.fromarray(draw(Plan(number, 0), 0, 512).rendering.image).resize((WIDTH, HEIGHT), Image.BICUBIC)
+        film = Image.fromarray(draw(Plan(number, 0), 0, 512, layout).rendering.image).resize(
+            (WIDTH, HEIGHT), Image.BICUBIC
+        )
         noise = rng.normal(0, 3, (HEIGHT, WIDTH)).astype(np.float32)
         pixels = np.clip(np.asarray(film) + noise, 0, 255).astype(np.uint8)
         files.append(folder / f"{number}.jpg")

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ import pandas as pd
 
 from sista_pl.allocator import keep_memory
 from sista_pl.data.formats.open_i import TaggedReport
+from sista_pl.data.phantom import knobs
 from sista_pl.data.phantom.film import Rendering, render
 from sista_pl.data.phantom.mesh import findings_from_mesh
+from sista_pl.data.phantom.objects import Shape, draw_objects, outline, put_objects
 from sista_pl.data.phantom.real import RealReports, read_real_reports, real_document, study_from_mesh
 from sista_pl.data.phantom.report import Report, document, stated, write_report
-from sista_pl.data.phantom.study import Patient, Study, draw_patient, draw_study
+from sista_pl.data.phantom.study import Study, draw_patient, draw_study, with_share
 from sista_pl.errors import SistaError
 from sista_pl.registry import Registry
 
-PHANTOM_VERSION = "1.2"
+PHANTOM_VERSION = "1.3"
 NOTICE = "PHANTOM DATA: drawn by a program, no patient"
 REAL_NOTICE = "PHANTOM DATA: films drawn by a program, no patient's; the reports are real ones"
 # Patient-disjoint and even from the first patients on: the golden ratio spreads patients over [0, 1).
@@ -86,7 +88,9 @@ class Drawn:
         seed, plan: which one it is.
         study: its attributes.
         report: its words.
-        rendering: the frontal film with masks and boxes, in the aspect of a real film.
+        rendering: the frontal film with masks and boxes, in the aspect of a real film; the boxes of the foreign
+            objects come last.
+        shapes: of the foreign objects, one for each of `study.objects`.
         words, extra: the random streams of the text and of all that a layout draws beyond the film.
         size: longer side of the films in pixels.
         real: the report whose words and tags these are, where the phantom was given real ones.
@@ -97,6 +101,7 @@ class Drawn:
     study: Study
     report: Report
     rendering: Rendering
+    shapes: list[Shape]
     words: np.random.Generator
     extra: np.random.Generator
     size: int
@@ -145,6 +150,8 @@ class Layout:
         write_tables: (root, records) → writes the tables of the release; records come in the order of the cohort.
         aspect: False leaves the film square, where a release has only square ones.
         contrast: factor on that of every lesion.
+        positive: (kind, share) of the finding that a release was gathered for, where it has more of it than a hospital.
+        objects: (share, most): how many films have foreign objects, and how many one film has.
         single: True gives each patient one study, where a release does not tell which studies are of one.
     """
 
@@ -152,30 +159,37 @@ class Layout:
     write_tables: Callable[[Path, list[dict[str, Any]]], None]
     aspect: bool = True
     contrast: float = 1.0
+    positive: tuple[str, float] | None = None
+    objects: tuple[float, int] = (knobs.OBJECT_SHARE, knobs.OBJECT_MOST)
     single: bool = False
 
+    def study(self, plan: Plan, seed: int) -> Study:
+        """Draw the attributes of one study: a pure function of (seed, patient, study) and the layout."""
+        person = draw_patient(np.random.default_rng([seed, plan.patient]))
+        key = [seed, plan.patient, plan.study + 1]
+        study = draw_study(np.random.default_rng([*key, 0]), person)
+        if self.positive is not None:
+            study = with_share(study, *self.positive, np.random.default_rng([*key, 5]))
+        return replace(study, objects=draw_objects(np.random.default_rng([*key, 6]), *self.objects))
 
-def phantom_study(seed: int, patient: int, study: int) -> Study:
-    """The drawn attributes of one study, a pure function of its three numbers."""
-    person: Patient = draw_patient(np.random.default_rng([seed, patient]))
-    return draw_study(np.random.default_rng([seed, patient, study + 1, 0]), person)
 
-
-def draw(
-    plan: Plan, seed: int, size: int, aspect: bool = True, real: TaggedReport | None = None, contrast: float = 1.0
-) -> Drawn:
-    """Draw the study of a plan: a pure function of (seed, patient, study, size), and of the real report, if any."""
+def draw(plan: Plan, seed: int, size: int, layout: Layout, real: TaggedReport | None = None) -> Drawn:
+    """Draw the study of a plan: a pure function of (seed, patient, study, size), layout and real report, if any."""
     key = [seed, plan.patient, plan.study + 1]
-    words, pixels, extra = (np.random.default_rng([*key, n]) for n in (1, 2, 3))
+    words, pixels, extra, things = (np.random.default_rng([*key, n]) for n in (1, 2, 3, 7))
     if real is None:
-        study = phantom_study(seed, plan.patient, plan.study)
+        study = layout.study(plan, seed)
         report = write_report(study, words)
     else:
         tagged = findings_from_mesh(real.tags)
         study = study_from_mesh(tagged, seed, plan.patient)
         report = Report(real.findings, real.impression, tagged.states)
-    film = render(study, size, pixels, contrast)
-    return Drawn(seed, plan, study, report, _crop(film, pixels) if aspect else film, words, extra, size, real)
+    film = render(study, size, pixels, layout.contrast)
+    film = _crop(film, pixels) if layout.aspect else film
+    image, shapes = put_objects(film.image, study.objects, things)
+    boxes = [(thing.kind, *outline(shape)) for thing, shape in zip(study.objects, shapes, strict=True)]
+    film = Rendering(image, film.masks, [*film.boxes, *boxes])
+    return Drawn(seed, plan, study, report, film, shapes, words, extra, size, real)
 
 
 def write_phantom(
@@ -297,7 +311,7 @@ def _draw_all(
 
 
 def _draw_one(plan: Plan, real: TaggedReport | None, form: Layout, root: Path, seed: int, size: int) -> dict:
-    return form.write_study(draw(plan, seed, size, form.aspect, real, form.contrast), root)
+    return form.write_study(draw(plan, seed, size, form, real), root)
 
 
 def _crop(rendering: Rendering, rng: np.random.Generator) -> Rendering:

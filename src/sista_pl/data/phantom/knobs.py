@@ -50,6 +50,11 @@ BREATH = {"low": -0.15, "normal": 0.0, "hyper": 0.10}
 BREATH_SPREAD = 0.045
 # Tubes, leads, clips and wires against a rib of 0.16: in full contrast they are seen at any size.
 DEVICE_CONTRAST = 0.45
+# Films with foreign objects (coins, buttons, plates, pendants), at most how many, and the side of one as a share of the
+# film's: as large as those of Object-CXR, so that an encoder that has read of them has something to find there.
+OBJECT_SHARE = 0.3
+OBJECT_MOST = 2
+OBJECT_SIZE = (0.05, 0.14)
 # How far a drawn class of heart size spreads: neighbouring classes overlap a little, as readers disagree.
 HEART_SPREAD = 0.05
 

@@ -83,7 +83,8 @@ class Tagged(NamedTuple):
     """What the tags of a report say.
 
     Args:
-        findings, tubes: a side, zone or grade that no tag tells is None.
+        findings, tubes, objects: a side, zone or grade that no tag tells is None; the kind of an object,
+            "foreign_body", never is told.
         values: attribute of patient or study (`heart` too) → the values that the tags allow, one or several.
         states: what the tags affirm, in the terms of `Study.attributes`.
         drawn, missing: the tags that are drawn, and those that nothing here draws.
@@ -91,6 +92,7 @@ class Tagged(NamedTuple):
 
     findings: tuple[Finding, ...]
     tubes: tuple[Finding, ...]
+    objects: tuple[Finding, ...]
     values: dict[str, tuple[str, ...]]
     states: frozenset[str]
     drawn: tuple[str, ...]
@@ -277,6 +279,7 @@ _NAMED: dict[str, Rule] = {
     "deformity": _ribs,
     "fractures, bone": _fracture,
     "tube, inserted": _tube,
+    "foreign bodies": _lesion("foreign_body"),
 }
 _LIKE: dict[str, Rule] = {
     "pulmonary congestion": lambda tag: (Finding("edema", severity="mild"),),
@@ -339,8 +342,9 @@ def findings_from_mesh(tags: str | Iterable[str]) -> Tagged:
         if named:
             states = _states(findings, values)
     return Tagged(
-        tuple(finding for finding in findings if finding.kind not in _TUBES),
+        tuple(finding for finding in findings if finding.kind not in (*_TUBES, "foreign_body")),
         tuple(finding for finding in findings if finding.kind in _TUBES),
+        tuple(finding for finding in findings if finding.kind == "foreign_body"),
         values,
         frozenset(states),
         tuple(tag for tag, done in zip(listed, drawn, strict=True) if done),

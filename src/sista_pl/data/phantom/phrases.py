@@ -143,6 +143,22 @@ FINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("A {side} chest tube is in place.", "{Side} pleural drain remains in position."),
         ("{Side} chest tube in place.",),
     ),
+    "coin": (
+        ("A coin projects over {place}.", "Coin overlying {place}.", "Round metallic disc over {place}."),
+        ("Coin over {place}.",),
+    ),
+    "button": (
+        ("A button projects over {place}.", "Button overlying {place}.", "Ring-shaped button over {place}."),
+        ("Button over {place}.",),
+    ),
+    "plate": (
+        ("A rectangular metal plate projects over {place}.", "Metallic plate overlying {place}."),
+        ("Metallic plate over {place}.",),
+    ),
+    "pendant": (
+        ("A pendant projects over {place}.", "Pendant of a necklace overlying {place}.", "Jewelry over {place}."),
+        ("Pendant over {place}.",),
+    ),
 }
 
 HEDGED = {

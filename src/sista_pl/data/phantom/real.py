@@ -15,6 +15,7 @@ from sista_pl.data.formats.open_i import read_reports as read_open_i_reports
 from sista_pl.data.phantom.mesh import Tagged, findings_from_mesh
 from sista_pl.data.phantom.study import (
     INCIDENTAL,
+    OBJECTS,
     PATIENT,
     STUDY,
     ZONES,
@@ -27,8 +28,9 @@ from sista_pl.data.phantom.study import (
 from sista_pl.errors import SistaError
 
 # The kinds that have a zone, a side, a grade; those that persist from study to study.
-_ZONED = ("opacity", "pneumonia", "consolidation", "nodule", "mass")
-_SIDED = (*_ZONED, "effusion", "pneumothorax", "atelectasis", "pleural_thickening", "fracture", "central_line")
+_ZONED = ("opacity", "pneumonia", "consolidation", "nodule", "mass", "foreign_body")
+_PAIRED = ("effusion", "pneumothorax", "atelectasis", "pleural_thickening", "fracture", "central_line")
+_SIDED = (*_ZONED, *_PAIRED)
 _GRADES = {
     "effusion": ("small", "moderate", "large"),
     "pneumothorax": ("small", "moderate", "large"),
@@ -61,7 +63,10 @@ def study_from_mesh(tagged: Tagged, seed: int, patient: int) -> Study:
     chronic = tuple(finding for finding in findings if finding.kind in _CHRONIC)
     person = replace(person, sick=bool(findings), heart=heart, chronic=chronic, **lasting)
     tubes = tuple(_complete(tube, rng) for tube in tagged.tubes)
-    return replace(study, patient=person, findings=findings, tubes=tubes, **film)
+    objects = tuple(
+        replace(_complete(thing, rng), kind=OBJECTS[int(rng.integers(len(OBJECTS)))]) for thing in tagged.objects
+    )
+    return replace(study, patient=person, findings=findings, tubes=tubes, objects=objects, **film)
 
 
 def _complete(finding: Finding, rng: np.random.Generator) -> Finding:

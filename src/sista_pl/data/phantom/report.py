@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sista_pl.data.phantom import knobs, phrases
-from sista_pl.data.phantom.study import NORMAL, Finding, Study
+from sista_pl.data.phantom.study import NORMAL, Finding, Study, statements
 
 # Order in which a reader goes through a film.
 _DEVICES = ("pacemaker", "port", "sternotomy")
@@ -59,15 +59,10 @@ class _Writer:
         zone = finding.zone if finding.zone and self.rng.random() < 0.9 else None
         if "in size" in wording or "in degree" in wording:
             grade = finding.severity
-        self.states.add(finding.kind)
-        if finding.side:
-            self.states.add(f"{finding.kind}/{finding.side}")
-        if zone and "{place}" in wording:
-            self.states.add(f"{finding.kind}/{zone}")
-        if grade and "rade}" in wording:
-            self.states.add(f"{finding.kind}/{grade}")
-            if finding.kind == "cardiomegaly":
-                self.states.add(f"heart={grade}")
+        graded = bool(grade) and "rade}" in wording
+        self.states |= statements(finding, zone=bool(zone) and "{place}" in wording, severity=graded)
+        if graded and finding.kind == "cardiomegaly":
+            self.states.add(f"heart={grade}")
         return self._fill(wording, finding, zone, grade)
 
     def _fill(self, wording: str, finding: Finding, zone: str | None, grade: str | None) -> str:
@@ -129,7 +124,7 @@ def write_report(study: Study, rng: np.random.Generator) -> Report:
         rng: wording, hedging, omissions.
     """
     form = "both" if (u := rng.random()) < 0.78 else "impression" if u < 0.88 else "merged"
-    macro = study.normal and not study.tubes and bool(rng.random() < knobs.MACRO)
+    macro = study.normal and not study.tubes and not study.objects and bool(rng.random() < knobs.MACRO)
     for shorter in range(4):
         report = _write(study, rng, form, macro, shorter)
         if len(report.text.split()) <= _MAX_WORDS:
@@ -142,7 +137,7 @@ def _write(study: Study, rng: np.random.Generator, form: str, macro: bool, short
     say = lambda names: [s for name in names for s in writer.incidental(study, name)]  # noqa: E731
     lungs = [f for f in study.findings if f.kind not in ("cardiomegaly", "hernia", "fracture")]
     body = say(("view", "rotation", "exposure"))
-    body += [writer.finding(t) for t in study.tubes] + say(_DEVICES)
+    body += [writer.finding(t) for t in study.tubes] + say(_DEVICES) + [writer.finding(o) for o in study.objects]
     body += say(("inspiration",)) if not any(f.kind == "emphysema" for f in lungs) else []
     body += [writer.finding(f) for f in lungs] if lungs else [writer.pick(phrases.CLEAR)]
     share = (0.75, 0.5, 0.25, 0.0)[shorter]

@@ -6,12 +6,14 @@ Sides are the patient's: "left" lies on the right of the image. Zones are upper,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 _SIDES = ("left", "right")
 ZONES = ("upper", "middle", "lower")
+# What a patient forgets to take off.
+OBJECTS = ("coin", "button", "plate", "pendant")
 
 # Attribute of a patient → value → probability; the first value is the normal one.
 PATIENT: dict[str, dict[str, float]] = {
@@ -129,10 +131,11 @@ class Study:
     exposure: str
     findings: tuple[Finding, ...]
     tubes: tuple[Finding, ...]
+    objects: tuple[Finding, ...] = ()
 
     @property
     def normal(self) -> bool:
-        """No pathological finding; incidental attributes and devices do not count."""
+        """No pathological finding; incidental attributes, devices and foreign objects do not count."""
         return not self.findings
 
     def value(self, name: str) -> str:
@@ -142,7 +145,7 @@ class Study:
     def attributes(self) -> frozenset[str]:
         """Every statement that is true of the film, general and precise: "effusion", "effusion/left", "heart=mild"."""
         true = {f"{name}={self.value(name)}" for name in INCIDENTAL} | {f"heart={self.patient.heart}"}
-        for finding in (*self.findings, *self.tubes):
+        for finding in (*self.findings, *self.tubes, *self.objects):
             true |= statements(finding)
         return frozenset(true)
 
@@ -156,6 +159,8 @@ def statements(finding: Finding, side: bool = True, zone: bool = True, severity:
         said.add(f"{finding.kind}/{finding.zone}")
     if severity and finding.severity:
         said.add(f"{finding.kind}/{finding.severity}")
+    if finding.kind in OBJECTS:
+        said |= statements(replace(finding, kind="foreign_body"), side, zone, severity)
     return said
 
 
@@ -212,7 +217,21 @@ def draw_study(rng: np.random.Generator, patient: Patient | None = None) -> Stud
     for finding in findings:
         if finding.kind == "pneumothorax" and rng.random() < 0.4:
             tubes.append(Finding("chest_tube", finding.side))
-    return Study(patient, **drawn, findings=(*patient.chronic, *findings), tubes=tuple(tubes))
+    return Study(patient, findings=(*patient.chronic, *findings), tubes=tuple(tubes), objects=(), **drawn)
+
+
+def with_share(study: Study, kind: str, share: float, rng: np.random.Generator) -> Study:
+    """Return the study with or without an acute finding, so that this share of the studies has it.
+
+    A pneumothorax goes with its chest tube.
+    """
+    wanted, new = bool(rng.random() < share), _draw_finding(rng, kind)
+    if wanted == any(finding.kind == kind for finding in study.findings):
+        return study
+    if wanted:
+        return replace(study, findings=(*study.findings, new))
+    tubes = tuple(tube for tube in study.tubes if (tube.kind, kind) != ("chest_tube", "pneumothorax"))
+    return replace(study, findings=tuple(f for f in study.findings if f.kind != kind), tubes=tubes)
 
 
 def _draw_finding(rng: np.random.Generator, kind: str) -> Finding:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sista_pl.data.phantom.cohort import LAYOUTS, Drawn, Layout
 from sista_pl.data.phantom.film import render_lateral
-from sista_pl.data.phantom.study import Finding, Study
+from sista_pl.data.phantom.study import OBJECTS, Finding, Study
 from sista_pl.errors import SistaError
 
 # Most studies of the collection have a lateral film.
@@ -36,6 +36,7 @@ _HEADINGS = {
     "chest_tube": "Tube, Inserted/thorax",
     "central_line": "Catheters, Indwelling",
     "picc": "Catheters, Indwelling",
+    **dict.fromkeys(OBJECTS, "Foreign Bodies/thorax"),
 }
 _GRADES = {"linear": "streaky", "segmental": "focal", "faint": "mild", "extensive": "diffuse"}
 _ZONES = {"upper": "upper lobe", "lower": "base"}
@@ -82,7 +83,7 @@ def open_i(form: str = "tables") -> Layout:
 
 def tags_of(study: Study) -> list[str]:
     """The MeSH tags that an indexer would give a study, "normal" where there are none."""
-    tags = [_tag(finding) for finding in (*study.findings, *study.tubes)]
+    tags = [_tag(finding) for finding in (*study.findings, *study.tubes, *study.objects)]
     inflated = any(finding.kind == "emphysema" for finding in study.findings)
     for name, known in _VALUES.items():
         value = study.value(name)

@@ -136,6 +136,14 @@ def test_a_cut_checkpoint_is_one_line(capsys, workdir):
     assert "cut short" in err
 
 
+def test_verbs_run_one_after_the_other_as_far_as_they_succeed(capsys):
+    assert main(["list", "losses", "--then", "--version"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("clip") < said.index("sista 0")
+    assert main(["sweep", "--config", "nothing.yaml", "--then", "--version"]) == 2
+    assert "sista 0" not in capsys.readouterr().out
+
+
 def test_help_teaches(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0

@@ -51,6 +51,30 @@ def test_every_packaged_sweep_can_be_read(name, tmp_path):
             assert sweep.commands(cell, tmp_path)[0][:3] == ["fit", "--config", sweep.pretrain.config[0]]
 
 
+def test_an_evaluation_is_a_test_alone_of_each_pretraining(file, tmp_path):
+    ground = "  ground: {config: ground_siim.yaml, fits: false}\n"
+    file.write_text(SWEEP.replace("fractions: [0.1", ground + "fractions: [0.1"))
+    sweep, root = read_sweep(str(file)), tmp_path / "runs"
+    cells = [cell for cell in sweep.cells() if cell.task == "ground"]
+    assert [cell.name for cell in cells] == ["clip-0-ground-0", "clip-7-ground-0"]
+    (root / "clip-7/0001/checkpoints").mkdir(parents=True)
+    (root / "clip-7/0001/checkpoints/best.ckpt").touch()
+    (command,) = sweep.commands(cells[1], root)
+    assert command[:3] == ["test", "--config", "ground_siim.yaml"]
+    assert command[-2:] == ["--model.weights", str(root / "clip-7/0001/checkpoints/best.ckpt")]
+    assert not any(word.startswith("--data.label") for word in command)
+
+
+def test_a_file_may_name_environment_variables(file, monkeypatch):
+    phantom = 'data.phantom: {seed: 0, reports: "${oc.env:SISTA_REPORTS}"}'
+    file.write_text(SWEEP.replace("data.augment: false", phantom))
+    monkeypatch.setenv("SISTA_REPORTS", "some/reports.csv")
+    assert read_sweep(str(file)).methods["clip"].options["data.phantom"]["reports"] == "some/reports.csv"
+    monkeypatch.delenv("SISTA_REPORTS")
+    with pytest.raises(SistaError, match=r"SISTA_REPORTS.*; set it, or write the value there"):
+        read_sweep(str(file))
+
+
 def test_cells_of_a_sweep(file):
     sweep = read_sweep(str(file))
     names = [cell.name for cell in sweep.cells()]
@@ -144,6 +168,8 @@ def test_the_tables(file, tmp_path):
         ("siim: {config: seg_siim.yaml}", "siim: {}", "siim has no config"),
         ("[0.1, 1.0]", "[10]", r"fractions is \[10\]"),
         ("[0.01]", "[]", r"chexpert: fractions is \[\]"),
+        ("fractions: [0.01]", "fractions: [0.01], fits: false", "fits is False; give false, without fractions"),
+        ("fractions: [0.01]", "fits: 1", "fits is 1"),
         ("[0, 7]", "[0, 0]", "give each once"),
         ("[0, 7]", "1", "seeds is 1"),
         ("reference: clip", "reference: clop", "unknown method 'clop'; did you mean clip"),

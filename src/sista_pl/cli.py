@@ -27,7 +27,8 @@ LIGHT_VERBS = {
     "bench": ("sista_pl.commands.bench", "speed as ratios: the losses beside the encoders, the store beside decoding"),
     "list": ("sista_pl.commands.list", "what is installed: tasks, encoders, losses, datasets, configs, runs"),
 }
-HELP = """usage: sista VERB ...
+THEN = "--then"
+HELP = """usage: sista VERB ... [--then VERB ...]
 
 {verbs}
 
@@ -39,9 +40,17 @@ first steps:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit code: 0, or 2 for a user's mistake, told in one line."""
+    """Run a verb and return the exit code: 0, or 2 for a user's mistake, told in one line.
+
+    `fit … --then test …` runs one after the other, as far as they succeed, and imports the libraries once.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        while THEN in argv:
+            place = argv.index(THEN)
+            if code := _dispatch(argv[:place]):
+                return code
+            argv = argv[place + 1 :]
         return _dispatch(argv)
     except SistaError as why:
         print(f"sista: {why}", file=sys.stderr)

@@ -24,7 +24,7 @@ from sista_pl.errors import SistaError, did_you_mean
 
 PRETRAIN = "pretrain"
 KEYS = ("name", "pretrain", "methods", "tasks", "seeds", "fractions", "reference")
-PART_KEYS = ("config", "options", "fractions")
+PART_KEYS = ("config", "options", "fractions", "fits")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Cell:
         method: whose encoder it is.
         seed: of the pre-training, of the task, and of the subset of labels.
         task: name of the task in the sweep.
-        fraction: share of the training labels, in (0, 1].
+        fraction: share of the training labels, in [0, 1]; 0 of an evaluation, which fits nothing.
     """
 
     method: str
@@ -56,6 +56,7 @@ class Part:
     config: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     fractions: list[float] | None = None
+    fits: bool = True
 
 
 def flags(*parts: Part) -> list[str]:
@@ -79,6 +80,7 @@ class Sweep:
     tasks:
       cls_chexpert: {config: cls_chexpert.yaml, fractions: [0.01, 0.1]}
       seg_siim: {config: seg_siim.yaml, options: {trainer.max_epochs: 3}}
+      grounding: {config: ground_siim.yaml, fits: false}    # an evaluation: no labels, nothing to fit
     fractions: [0.01, 0.1, 1.0]       # of each task that gives none
     seeds: [0, 1, 2]
     reference: clip                   # the method that `sista compare` sets the others against
@@ -114,7 +116,10 @@ class Sweep:
         for method, seed in groups:
             found += [] if self.methods[method] is None else [Cell(method, seed)]
             for name, task in self.tasks.items():
-                found += [Cell(method, seed, name, share) for share in task.fractions or self.fractions]
+                if task.fits:
+                    found += [Cell(method, seed, name, share) for share in task.fractions or self.fractions]
+                elif self.methods[method] is not None:  # an evaluation is of a pre-training
+                    found.append(Cell(method, seed, name, 0.0))
         return found
 
     def commands(self, cell: Cell, root: Path) -> list[list[str]]:
@@ -123,12 +128,13 @@ class Sweep:
         if cell.task is None:
             said = [*flags(self.pretrain, self.methods[cell.method] or Part()), *common]
             return [["fit", *said], ["test", *said]]
-        said = [*flags(self.tasks[cell.task]), *common, "--data.label_fraction", f"{cell.fraction:g}",
-                "--data.fraction_seed", str(cell.seed)]  # fmt: skip
-        weights: list[str] = []
+        task = self.tasks[cell.task]
+        said = [*flags(task), *common]
+        if task.fits:
+            said += ["--data.label_fraction", f"{cell.fraction:g}", "--data.fraction_seed", str(cell.seed)]
         if self.methods[cell.method] is not None:
-            weights = ["--model.weights", str(runs.find_checkpoint(root, Cell(cell.method, cell.seed).name, "best"))]
-        return [["fit", *said, *weights], ["test", *said, *weights]]
+            said += ["--model.weights", str(runs.find_checkpoint(root, Cell(cell.method, cell.seed).name, "best"))]
+        return [["fit", *said], ["test", *said]] if task.fits else [["test", *said]]
 
 
 def read_sweep(name: str) -> Sweep:
@@ -204,8 +210,10 @@ def _part(given: Any, where: str) -> Part:
     options = given.get("options") or {}
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise SistaError(f"{where}: options is {options!r}; write {{key: value}}, as {{model.lr: 0.001}}")
-    shares = given.get("fractions")
-    return Part([str(name) for name in configs], options, None if shares is None else _fractions(shares, where))
+    shares, fits = given.get("fractions"), given.get("fits", True)
+    if not isinstance(fits, bool) or (shares is not None and not fits):
+        raise SistaError(f"{where}: fits is {fits!r}; give false, without fractions, where there is nothing to fit")
+    return Part([str(name) for name in configs], options, None if shares is None else _fractions(shares, where), fits)
 
 
 def _fractions(given: Any, where: str) -> list[float]:

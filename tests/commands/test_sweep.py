@@ -31,22 +31,23 @@ def file(workdir, monkeypatch) -> Path:
 def stand_in(ran: list[str], broken: str = "", gate: threading.Barrier | None = None):
     """Return a child process's stand-in: it leaves what the command would, or fails."""
 
-    def child(self, cell, words, sink, release) -> int:
-        ran.append(f"{words[0]} {cell.name}{' resumed' if '--ckpt_path' in words else ''}")
+    def child(self, cell, commands, sink, release) -> int:
         if gate is not None:
             gate.wait(timeout=20)
-        if cell.name == broken:
-            sink.write(b"starting\nsista: data: no images\n")
-            return 2
-        if words[0] == "fit" and "--ckpt_path" not in words:
-            run = new_run(self.book.runs, cell.name)
-            (run / "checkpoints").mkdir()
-            for name in ("best", "last"):
-                (run / "checkpoints" / f"{name}.ckpt").touch()
-        elif words[0] == "test":
-            test = self.book.runs / cell.name / "0001" / "test"
-            test.mkdir()
-            (test / "metrics.json").write_text(json.dumps({"intervals": {}}))
+        for words in commands:
+            ran.append(f"{words[0]} {cell.name}{' resumed' if '--ckpt_path' in words else ''}")
+            if cell.name == broken:
+                sink.write(b"starting\nsista: data: no images\n")
+                return 2
+            if words[0] == "fit" and "--ckpt_path" not in words:
+                run = new_run(self.book.runs, cell.name)
+                (run / "checkpoints").mkdir()
+                for name in ("best", "last"):
+                    (run / "checkpoints" / f"{name}.ckpt").touch()
+            elif words[0] == "test":
+                test = self.book.runs / cell.name / "0001" / "test"
+                test.mkdir()
+                (test / "metrics.json").write_text(json.dumps({"intervals": {}}))
         return 0
 
     return child
@@ -113,12 +114,12 @@ def test_the_first_of_a_kind_prepares_its_data_alone(file, monkeypatch):
     inside, most = [0], [0]
     usual = stand_in([])
 
-    def child(self, cell, words, sink, release):
+    def child(self, cell, commands, sink, release):
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         threading.Event().wait(0.05)
         inside[0] -= 1
-        return usual(self, cell, words, sink, release)
+        return usual(self, cell, commands, sink, release)
 
     monkeypatch.setattr(command._Run, "child", child)
     assert main(["sweep", "--config", str(file), "--jobs", "2", "--cell", "0/2"]) == 0

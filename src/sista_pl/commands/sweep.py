@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sista_pl import runs
+from sista_pl.cli import THEN
 from sista_pl.errors import SistaError
 from sista_pl.sweep import PRETRAIN, Book, Cell, Sweep, read_sweep
 
@@ -39,6 +40,7 @@ The file:
     sista: {config: method/sia_sta_batch.yaml}
   tasks:
     cls_chexpert: {config: cls_chexpert.yaml}
+    zeroshot: {config: zeroshot_chexpert.yaml, fits: false}   # an evaluation: no labels, nothing to fit
   fractions: [0.01, 0.1, 1.0]
   seeds: [0, 1, 2]
   reference: clip
@@ -163,13 +165,13 @@ class _Run:
             return ""
         began, log = time.monotonic(), self.book.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
-        for command in self.sweep.commands(cell, self.book.runs):
-            if self.stop.is_set():
-                return "stopped"
-            with log.open("ab") as sink, self.prepared(cell) as release:
-                code = self.child(cell, self.resumed(cell, command), sink, release)
-            if code:
-                return _last_line(log)
+        commands = [self.resumed(cell, command) for command in self.sweep.commands(cell, self.book.runs)]
+        if self.stop.is_set():
+            return "stopped"
+        with log.open("ab") as sink, self.prepared(cell) as release:
+            code = self.child(cell, commands, sink, release)
+        if code:
+            return "stopped" if self.stop.is_set() else _last_line(log)
         self.book.finish(self.sweep, cell, time.monotonic() - began)
         return ""
 
@@ -181,19 +183,22 @@ class _Run:
             return command
         return [*command, "--ckpt_path", "last"] if command[0] == "fit" else command
 
-    def child(self, cell: Cell, command: list[str], sink, release) -> int:
+    def child(self, cell: Cell, commands: list[list[str]], sink, release) -> int:
+        """Run commands in a process of their own, which imports the libraries once; return the exit code."""
         device = self.free.popleft() if self.free else None
         environment = dict(os.environ)
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
         elif self.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        quiet = ["--trainer.enable_progress_bar", "false"]
-        if not any(word.startswith("--trainer.logger") for word in command):
-            quiet += ["--trainer.logger.init_args.experiment_name", self.sweep.name]
+        words: list[str] = []
+        for command in commands:
+            words += [*([THEN] if words else []), *command, "--trainer.enable_progress_bar", "false"]
+            if not any(word.startswith("--trainer.logger") for word in command):
+                words += ["--trainer.logger.init_args.experiment_name", self.sweep.name]
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "sista_pl", *command, *quiet], stdout=sink, stderr=subprocess.STDOUT,
+                [sys.executable, "-m", "sista_pl", *words], stdout=sink, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, env=environment,
             )  # fmt: skip
             self.children.add(child)

@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile, set_parsing_settings
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero_info
 
 from sista_pl import packaged, plugins, runs
 from sista_pl.allocator import keep_memory
@@ -25,6 +26,7 @@ from sista_pl.data.module import BaseDataModule
 from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its short name
 from sista_pl.data.transfer import TransferDataModule  # noqa: F401
 from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.precision import usual_precision
 from sista_pl.task import BaseTask
 from sista_pl.tracking import check_destination, open_store
 
@@ -178,6 +180,11 @@ class SistaCLI(LightningCLI):
 
             self._check_task(read_checkpoint(config.ckpt_path), config)
             self.resumed = runs.run_of(Path(config.ckpt_path))
+        if config.trainer.precision is None:
+            config.trainer.precision = usual_precision(str(config.trainer.accelerator))
+            rank_zero_info(
+                f"precision: {config.trainer.precision}, as suits this machine; --trainer.precision sets another"
+            )
         self._check_tracking(config)
 
     def _trains(self, config: Any) -> bool:

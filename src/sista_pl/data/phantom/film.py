@@ -93,7 +93,7 @@ def _expose(mu: np.ndarray, study: Study, rng: np.random.Generator) -> np.ndarra
     jitter = knobs.EXPOSURE_JITTER * rng.standard_normal(2)
     offset = {"normal": 0.80, "under": 0.62, "over": 0.98}[study.exposure] + jitter[0]
     width = 0.27 * float(np.exp(1.5 * jitter[1])) * (1.1 if study.view == "AP" else 1.0)
-    noise = knobs.NOISE * {"normal": 1.0, "under": 2.0, "over": 0.8}[study.exposure]
+    noise = knobs.NOISE * size / knobs.NOISE_SIZE * {"normal": 1.0, "under": 2.0, "over": 0.8}[study.exposure]
     mu = mu + noise * rng.standard_normal(mu.shape, dtype=np.float32)
     grey = 255 / (1 + np.exp((np.float32(offset) - mu) * np.float32(1 / width)))
     image = Image.fromarray(grey.astype(np.uint8))

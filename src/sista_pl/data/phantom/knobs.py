@@ -32,8 +32,11 @@ NODULE_RADIUS = (0.026, 0.045)
 MASS_RADIUS = (0.075, 0.13)
 GRANULOMA_RADIUS = (0.010, 0.018)
 
-# Quantum noise at normal exposure; the under-exposed film has twice as much.
+# Quantum noise of a pixel at normal exposure where a film has NOISE_SIZE of them a side: a larger pixel counts more
+# quanta, so that a film that is drawn small is as noisy as one that is made small. The under-exposed one has twice
+# as much.
 NOISE = 0.036
+NOISE_SIZE = 320
 # Pose of the patient on the film: degrees, shift and log scale, one standard deviation each.
 POSE_ANGLE = 3.5
 POSE_SHIFT = 0.06

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# the newest encoder of the demo
+DEMO = $$(ls -t runs/demo/*/checkpoints/best.ckpt | head -1)
 # a file stays on one worker, so that what its tests share is drawn once
 PYTEST := $(BIN)/python -m pytest --dist loadfile
 
@@ -16,12 +18,14 @@ $(BIN)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(BIN)/.ready  ## draw a phantom, pre-train SISTA on it, and CLIP beside it (about 10 minutes on two cores)
+demo: $(BIN)/.ready  ## draw a phantom, pre-train SISTA on it, find diseases by words and by few labels (8 minutes)
 	$(BIN)/sista fit --config pretrain.yaml --name demo
-	$(BIN)/sista fit --config pretrain.yaml --config method/clip.yaml --name demo-clip
+	$(BIN)/sista test --config zeroshot_chexpert.yaml --name demo-words --model.weights $(DEMO)
+	$(BIN)/sista fit --config cls_chexpert.yaml --name demo-labels --model.weights $(DEMO) --data.label_fraction 0.1 \
+		--then test --config cls_chexpert.yaml --name demo-labels
 	$(BIN)/sista list runs --match demo
 
-test: $(BIN)/.ready  ## the default tests, under three minutes on two cores
+test: $(BIN)/.ready  ## the default tests, five minutes on two cores
 	$(PYTEST) -n 2
 
 test-slow: $(BIN)/.ready  ## the slow ones alone: every configuration through fit and test, kills, two processes

@@ -1,6 +1,7 @@
 """Pre-training through the real command on a tiny phantom."""
 
 import json
+import shutil
 
 import mlflow
 import pytest
@@ -15,9 +16,10 @@ FIT = ["fit", "--config", "pretrain.yaml"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, phantom_store):
+def finished(tmp_path_factory, phantom_store, mlflow_tables):
     """A finished run of two epochs, and the folder it ran in."""
     folder = tmp_path_factory.mktemp("run")
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")

@@ -1,5 +1,6 @@
 """Small labelled stores, drawn once."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def pretrained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tested(pretrained, tmp_path_factory):
+def tested(pretrained, tmp_path_factory, mlflow_tables):
     """Return what runs `sista test` of an evaluation in a folder of its own: its run, in which told.txt is its log."""
     import logging
 
@@ -63,6 +64,7 @@ def tested(pretrained, tmp_path_factory):
 
     def run(name: str, store: Path, *more: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
+        shutil.copy(mlflow_tables, folder / "mlflow.db")
         log, handler = logging.getLogger("pytorch_lightning"), logging.FileHandler(folder / "told.txt")
         log.addHandler(handler)
         try:

@@ -59,9 +59,10 @@ def fitted(seg, runs, workdir):
 
 
 @pytest.fixture(scope="module")
-def runs(store, tmp_path_factory):
+def runs(store, tmp_path_factory, mlflow_tables):
     """The folder of runs with one fit of two epochs on crops of 48 px."""
     folder = tmp_path_factory.mktemp("fitted")
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
     command = ["--config", "seg_siim.yaml", *SMALL, "--data.store", str(store), *CROP, "--model.lr", "0.01"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -78,11 +78,11 @@ def mlflow_tables(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workdir(tmp_path, monkeypatch, mlflow_tables) -> Iterator[Path]:
-    """A current folder with nothing but an empty MLflow database."""
+def workdir(tmp_path, tmp_path_factory, monkeypatch, mlflow_tables) -> Iterator[Path]:
+    """An empty current folder, with an MLflow database without a run elsewhere."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(mlflow_tables, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    database = shutil.copy(mlflow_tables, tmp_path_factory.mktemp("mlflow"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     before = dict(os.environ)
     yield tmp_path
     if torch.distributed.is_initialized():  # a run with strategy ddp leaves its group and MASTER_PORT behind

@@ -32,7 +32,7 @@ def rsna_store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def siim_store(tmp_path_factory) -> Path:
     """The prepared store of 304 studies in the layout of SIIM-ACR stage 1, at 64 px: 35 for the test, 4 positive."""
-    return _store("siim", 304, tmp_path_factory.mktemp("siim"), seed=6)
+    return _store("siim", 140, tmp_path_factory.mktemp("siim"), seed=6)
 
 
 @pytest.fixture(scope="session")

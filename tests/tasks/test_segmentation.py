@@ -74,6 +74,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # run
 CROP = ["--data.crop", "48"]
 SMALL = [
     "--data.root", "null", "--data.format", "null", "--data.phantom", "null", "--data.size", "64",
+    "--data.min_epoch_images", "320",
     "--data.batch_size", "8", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
     "--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_epochs", "2",
     "--trainer.logger", "false", "--model.decoder", "{name: unet, channels: [16, 16, 8, 8, 8]}",

@@ -41,7 +41,7 @@ examples:
 _PAGE = 480  # longest side of the page's pictures, in pixels
 _STYLE = """\
 h2 { overflow-wrap: anywhere } .note { border-left: 3px solid #d99100; padding-left: 10px }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; align-items: end }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; align-items: start }
 .row figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px }
 img { width: 100%; display: block; background: #000; border-radius: 4px } figcaption b { color: var(--ink) }
 .bar { display: inline-block; width: 120px; height: 9px; border-radius: 4px; vertical-align: middle;

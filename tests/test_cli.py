@@ -38,6 +38,12 @@ def test_python_m_is_the_command():
     assert "\npretrain " in f"\n{done.stdout}"
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    piped = f"{sys.executable} -m sista_pl list configs | true"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_list_names_what_can_be_written_in_yaml(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0

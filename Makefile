@@ -7,7 +7,7 @@ DEMO = $$(ls -t runs/demo/*/checkpoints/best.ckpt | head -1)
 # a file stays on one worker, so that what its tests share is drawn once
 PYTEST := $(BIN)/python -m pytest --dist loadfile
 
-.PHONY: help demo test test-slow test-all lint format bench docker clean
+.PHONY: help demo test test-slow test-all lint format bench docs docker clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ format: $(BIN)/.ready  ## let ruff mend what it can
 bench: $(BIN)/.ready  ## speed as ratios: the losses, the data
 	$(BIN)/sista bench step
 	$(BIN)/sista bench data
+
+docs: $(BIN)/.ready  ## build the documentation into build/site: no network needed, its reference made from the code
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docker: ## build the image
 	docker build --file docker/Dockerfile --tag sista .

@@ -26,7 +26,7 @@ from sista_pl.data import transforms
 from sista_pl.data.images import read_gray
 from sista_pl.data.reports import NORMALISE
 from sista_pl.data.store import Store
-from sista_pl.errors import BadImage, SistaError, did_you_mean
+from sista_pl.errors import BadImage, SistaError
 from sista_pl.joint import JointEncoder, load_joint
 from sista_pl.losses import LOSSES
 from sista_pl.models import ProjectionHead
@@ -128,38 +128,6 @@ def preparation(path: str | Path, crop: int, size: int | None = None) -> Prepara
     if size < crop:
         raise SistaError(f"--size {size}: the encoder sees {crop} px of it; give {crop} or more")
     return Preparation(size, crop, normalize, told)
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")
-
-
-def find_films(inputs: Path) -> list[Path]:
-    """Return the image files of a folder, searched through, of a CSV with a column `image`, `path` or `file`, or one.
-
-    Raises:
-        SistaError: no such file or folder, or no image in it.
-    """
-    if inputs.is_dir():
-        files = [p for p in sorted(inputs.rglob("*")) if p.is_file() and p.suffix.lower() in SUFFIXES]
-        files = [p for p in files if not p.name.startswith(".")]
-    elif inputs.suffix.lower() == ".csv" and inputs.is_file():
-        import pandas as pd
-
-        try:
-            table = pd.read_csv(inputs, dtype=str, keep_default_na=False)
-        except (ValueError, OSError) as why:
-            raise SistaError(f"{inputs}: no readable CSV ({' '.join(str(why).split())[:120]})") from None
-        column = next((name for name in ("image", "path", "file") if name in table), None)
-        if column is None:
-            raise SistaError(f"{inputs}: it has no column image; {did_you_mean('image', table.columns)}")
-        files = [inputs.parent / name for name in table[column] if name]
-    elif inputs.is_file():
-        return [inputs]
-    else:
-        raise SistaError(f"{inputs}: no such file or folder; check the path")
-    if not files:
-        raise SistaError(f"{inputs}: no image in it; JPEG, PNG and DICOM are read")
-    return files
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from sista_pl.data.formats import READERS, Release, Row
-from sista_pl.data.images import fit, fit_box, fit_mask, unfit_boxes, unfit_mask
+from sista_pl.data.images import find_images, fit, fit_box, fit_mask, unfit_boxes, unfit_mask
 from sista_pl.data.masks import Rle, encode_rle
 from sista_pl.data.prepare import prepare
-from sista_pl.data.transfer import TransferDataModule, fill_boxes, find_images
+from sista_pl.data.transfer import TransferDataModule, fill_boxes
 from sista_pl.errors import SistaError
 
 SIZE = 32
@@ -158,9 +158,11 @@ def test_predict_inputs_are_decoded_and_bad_ones_counted(store, tmp_path):
     table = tmp_path / "list.csv"
     table.write_text("image\nin/a.png\nin/deep/b.jpg\n")
     assert [f.name for f in find_images(table)] == ["a.png", "b.jpg"]
+    wrong_table = tmp_path / "wrong.csv"
+    wrong_table.write_text("picture\nin/a.png\n")
     for wrong, line in (
-        (tmp_path / "nowhere", "neither a folder nor a CSV"),
-        (folder / "readme.txt", "no column image"),
+        (tmp_path / "nowhere", "no such file or folder"),
+        (wrong_table, "no column image"),
     ):
         with pytest.raises(SistaError, match=line):
             find_images(wrong)

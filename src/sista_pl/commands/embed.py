@@ -51,8 +51,9 @@ def main(argv: list[str]) -> int:
         raise SistaError(f"embed: --inputs {options.inputs}: no such file or folder; check the path")
     device = choose_device(options.device)
 
+    from sista_pl.data.images import find_images
     from sista_pl.data.store import Store
-    from sista_pl.embed import FileFilms, StoreFilms, embed, find_films, open_joint, preparation
+    from sista_pl.embed import FileFilms, StoreFilms, embed, open_joint, preparation
 
     joint = open_joint(options.ckpt_path, device)
     films: StoreFilms | FileFilms
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
             print("PHANTOM DATA: drawn by a program, no patient")
     else:
         how, phantom = preparation(options.ckpt_path, joint.image_size, options.size), None
-        films = FileFilms(find_films(options.inputs), how, options.workers)
+        films = FileFilms(find_images(options.inputs), how, options.workers)
         print(f"films: long side to {how.size} px ({how.told}), of which the encoder sees the middle {how.crop}")
     facts = {
         "checkpoint": str(options.ckpt_path), "size": how.size, "crop": how.crop, "phantom": phantom,

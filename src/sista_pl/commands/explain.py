@@ -73,10 +73,11 @@ def main(argv: list[str]) -> int:
         raise SistaError(f"explain: --image {options.image}: no such file or folder; check the path")
 
     from sista_pl.commands.embed import bar, choose_device
-    from sista_pl.embed import find_films, open_joint, preparation
+    from sista_pl.data.images import find_images
+    from sista_pl.embed import open_joint, preparation
     from sista_pl.explain import ask
 
-    files = find_films(options.image)
+    files = find_images(options.image)
     joint = open_joint(options.ckpt_path, choose_device(options.device))
     how = preparation(options.ckpt_path, joint.image_size, options.size)
     query = ask(joint, options.text, how)

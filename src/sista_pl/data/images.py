@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sista_pl.data.dicom import MAX_PIXELS, dicom_size, is_dicom, read_dicom
-from sista_pl.errors import BadImage
+from sista_pl.errors import BadImage, SistaError, did_you_mean
 
 IGNORE = 127
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -210,3 +210,35 @@ def _centred(pixels: np.ndarray, size: int) -> np.ndarray:
     dx, dy = (size - width) // 2, (size - height) // 2
     square[dy : dy + height, dx : dx + width] = pixels
     return square
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")
+
+
+def find_images(inputs: Path) -> list[Path]:
+    """Return the image files of a folder, searched through, of a CSV with a column `image`, `path` or `file`, or one.
+
+    Raises:
+        SistaError: no such file or folder, or no image in it.
+    """
+    if inputs.is_dir():
+        files = [p for p in sorted(inputs.rglob("*")) if p.is_file() and p.suffix.lower() in SUFFIXES]
+        files = [p for p in files if not p.name.startswith(".")]
+    elif inputs.suffix.lower() == ".csv" and inputs.is_file():
+        import pandas as pd
+
+        try:
+            table = pd.read_csv(inputs, dtype=str, keep_default_na=False)
+        except (ValueError, OSError) as why:
+            raise SistaError(f"{inputs}: no readable CSV ({' '.join(str(why).split())[:120]}); mend it") from None
+        column = next((name for name in ("image", "path", "file") if name in table), None)
+        if column is None:
+            raise SistaError(f"{inputs}: it has no column image; {did_you_mean('image', table.columns)}")
+        files = [inputs.parent / name for name in table[column] if name]
+    elif inputs.is_file():
+        return [inputs]
+    else:
+        raise SistaError(f"{inputs}: no such file or folder; check the path")
+    if not files:
+        raise SistaError(f"{inputs}: no image in it; JPEG, PNG and DICOM are read")
+    return files

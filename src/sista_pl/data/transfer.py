@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sista_pl.data import transforms
-from sista_pl.data.images import BadImage, image_size, read_gray
+from sista_pl.data.images import BadImage, find_images, image_size, read_gray
 from sista_pl.data.labels import label_names, read_labels
 from sista_pl.data.module import BaseDataModule, StoreDataset, as_it_is
 from sista_pl.data.splits import folds, label_fraction, split_hash
@@ -141,7 +141,7 @@ class TransferDataModule(BaseDataModule):
         min_epoch_images: a training set of fewer images is repeated within an epoch, each time augmented anew, so that
             few labels get as many steps as all of them.
         balance: keep as many training images without the target as there are with it (MGCA's SIIM protocol).
-        inputs: of `sista predict`: a folder (searched through) or a CSV with a column `image` (or `path`).
+        inputs: of `sista predict`: a folder (searched through), a CSV with a column `image` (or `path`), or a file.
         kwargs: see `BaseDataModule`.
     """
 
@@ -305,33 +305,3 @@ def _balanced(rows: np.ndarray, positive: np.ndarray, seed: int) -> np.ndarray:
     count = min(len(others), int(positive.sum()))
     drawn = np.random.default_rng([seed, 7]).choice(others, count, replace=False)
     return np.sort(np.concatenate([rows[positive], drawn]))
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")
-
-
-def find_images(inputs: Path) -> list[Path]:
-    """Return the image files of a folder, searched through, or of a CSV with a column `image` or `path`.
-
-    Raises:
-        SistaError: neither, or no image in it.
-    """
-    import pandas as pd
-
-    if inputs.is_dir():
-        files = [p for p in sorted(inputs.rglob("*")) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
-        files = [p for p in files if not p.name.startswith(".")]
-    elif inputs.is_file():
-        try:
-            table = pd.read_csv(inputs, dtype=str, keep_default_na=False)
-        except (ValueError, OSError) as why:
-            raise SistaError(f"data: {inputs} is no readable CSV ({' '.join(str(why).split())[:120]})") from None
-        column = next((name for name in ("image", "path", "file") if name in table), None)
-        if column is None:
-            raise SistaError(f"data: {inputs} has no column image; {did_you_mean('image', table.columns)}")
-        files = [inputs.parent / name for name in table[column] if name]
-    else:
-        raise SistaError(f"data: inputs {inputs} is neither a folder nor a CSV; check the path")
-    if not files:
-        raise SistaError(f"data: no image in {inputs}; JPEG, PNG and DICOM are read")
-    return files

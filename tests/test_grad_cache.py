@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import socket
-import weakref
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sista_pl.cli import main
+from sista_pl.commands.bench_loss import Peak
 from sista_pl.errors import SistaError
 from sista_pl.pair import Semantics
 
@@ -117,33 +116,6 @@ def unchecked():
         yield
     finally:
         patch.undo()
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive at once, of those made while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.seen = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, Tensor):
-                self._count(one.untyped_storage())
-        return out
-
-    def _count(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.alive -= size
 
 
 def peak(task, size: int) -> int:

@@ -20,8 +20,23 @@ def test_prints_and_writes_ratios(tmp_path, capsys):
 def test_nonsense_is_refused(capsys):
     assert main(["bench", "step", "--rounds", "0"]) == 2
     assert "at least 1 round" in capsys.readouterr().err
+    assert main(["bench", "loss", "--pairs", "1"]) == 2
+    assert "at least 2 pairs" in capsys.readouterr().err
     assert main(["bench", "data", "--size", "64", "--crop", "65"]) == 2
     assert "a crop of at most the size" in capsys.readouterr().err
+
+
+def test_losses_in_blocks_and_whole_agree_and_their_memory_is_told(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert main(["bench", "loss", "--pairs", "1536", "--dim", "16", "--rounds", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"]
+    assert set(figures) == {"clip", "sia soft", "sia mask", "siglip"}
+    for found in figures.values():
+        assert found["largest_difference"] < 1e-4
+        # the logits, their softmax or the like, and a gradient at the least
+        assert found["peak_bytes"]["whole"] > 3 * 4 * 1536**2
+        assert 4 * 512**2 < found["peak_bytes"]["blocks"] < found["peak_bytes"]["whole"] / 2
+    assert capsys.readouterr().out.startswith("B = 1536, D = 16")
 
 
 def test_data_ratios(tmp_path, capsys):

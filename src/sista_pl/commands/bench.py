@@ -16,6 +16,7 @@ REPORT = "Small left pleural effusion with adjacent atelectasis. The heart is mi
 _EPILOG = """\
 examples:
   sista bench step --image-encoder resnet10t --image-size 96 --batch-size 32 --rounds 5
+  sista bench loss --pairs 16384
   sista bench data --images 8 --size 256
   sista bench probe --image-encoder resnet50 --image-size 224 --images 200
 """
@@ -31,6 +32,11 @@ def main(argv: list[str]) -> int:
     step.add_argument("--image-size", type=int, default=96, help="side of the images in pixels (default: %(default)s)")
     step.add_argument("--batch-size", type=int, default=32, help="pairs a step (default: %(default)s)")
     step.set_defaults(run=_bench_step)
+    loss = verbs.add_parser("loss", help="instance losses in blocks of the logits, against whole matrices of B x B")
+    loss.add_argument("--pairs", type=int, default=4096, help="the batch B; five matrices of 4 B² bytes have to fit "
+                      "(default: %(default)s)")  # fmt: skip
+    loss.add_argument("--dim", type=int, default=128, help="joint dimension (default: %(default)s)")
+    loss.set_defaults(run=_bench_loss)
     data = verbs.add_parser("data", help="preparing and reading a store, against decoding each image in each epoch")
     data.add_argument("--images", type=int, default=6, help="JPEGs of 8 megapixels to draw (default: %(default)s)")
     data.add_argument("--size", type=int, default=256, help="side of the stored images (default: %(default)s)")
@@ -43,7 +49,7 @@ def main(argv: list[str]) -> int:
     probe.add_argument("--epochs", type=int, default=10, help="of each of the nine fits (default: %(default)s)")
     probe.set_defaults(run=_bench_probe, rounds=1)
     probe.add_argument("--json", type=Path, help="also write the figures to this file")
-    for verb in (step, data):
+    for verb in (step, loss, data):
         verb.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up (default: %(default)s)")
         verb.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
@@ -85,6 +91,29 @@ def _bench_step(options: argparse.Namespace) -> dict[str, Any]:
         figures[name] = {"pairs_per_second": rate, "ratio_to_encoders": ratio["median"], "ratio_range": ratio["range"]}
         low, high = ratio["range"]
         print(f"{name:<22} {rate:8.1f} pairs/s   {ratio['median']:.3f} x the encoders ({low:.3f} to {high:.3f})")
+    return {"figures": figures}
+
+
+def _bench_loss(options: argparse.Namespace) -> dict[str, Any]:
+    from sista_pl.commands import bench_loss
+
+    if options.pairs < 2 or options.dim < 1:
+        raise SistaError("bench: give at least 2 pairs, and a dimension of at least 1")
+    figures: dict[str, Any] = {}
+    print(f"B = {options.pairs}, D = {options.dim}, value and gradients; blocks against whole matrices")
+    for name, (blocks, whole) in bench_loss.steps(options.pairs, options.dim).items():
+        apart = bench_loss.difference(blocks(), whole())
+        bytes_ = {"blocks": bench_loss.peak(blocks), "whole": bench_loss.peak(whole)}
+        seconds = _alternate({"blocks": blocks, "whole": whole}, options.rounds)
+        ratio = _ratio(seconds["blocks"], seconds["whole"])
+        share = bytes_["blocks"] / bytes_["whole"]
+        figures[name] = {
+            "seconds": {side: statistics.median(values) for side, values in seconds.items()}, "time_ratio": ratio,
+            "peak_bytes": bytes_, "memory_ratio": share, "largest_difference": apart,
+        }  # fmt: skip
+        low, high = ratio["range"]
+        print(f"{name:<9} time {ratio['median']:.2f} x ({low:.2f} to {high:.2f})   memory {share:.3f} x "
+              f"({bytes_['blocks'] / 1e6:,.0f} of {bytes_['whole'] / 1e6:,.0f} MB)   apart {apart:.0e}")  # fmt: skip
     return {"figures": figures}
 
 
@@ -135,9 +164,11 @@ def _steps(image_encoder: str, size: int, batch_size: int) -> dict[str, Callable
 
     from sista_pl.allocator import keep_memory
     from sista_pl.pair import Pair, Semantics
+    from sista_pl.precision import FAST, usual_precision
     from sista_pl.pretrain import PretrainTask
 
     keep_memory()
+    fast = usual_precision("cpu") == FAST
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     task = PretrainTask(
@@ -153,7 +184,7 @@ def _steps(image_encoder: str, size: int, batch_size: int) -> dict[str, Callable
 
     def step(names: tuple[str, ...]) -> Callable[[], None]:
         def run() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 pair = Pair(task.encode_image(image), task.encode_text(tokens), task.scale(), Semantics(vectors))
                 outputs = (pair.image.pooled, pair.text.pooled, pair.image.local, pair.text.local)
                 total = torch.stack([o.float().square().mean() for o in outputs]).sum()

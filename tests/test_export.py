@@ -241,7 +241,7 @@ def test_a_mistake_is_one_line(ckpt, tmp_path, capsys):
     torch.save({"state_dict": {}, "hyper_parameters": {"image_encoder": "resnet10t"}}, tmp_path / "cls.ckpt")
     out = tmp_path / "out"
     for arguments, why in (
-        ((ckpt, "torch", out), "did you mean|known: hf, onnx, timm"),
+        ((ckpt, "torch", out), "did you mean|known: hf, mlflow, onnx, timm"),
         ((ckpt, "timm", tmp_path), "exists"),
         ((tmp_path / "no.ckpt", "timm", out), "no such file"),
         ((tmp_path / "cls.ckpt", "timm", out), "without a text encoder"),

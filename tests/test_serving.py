@@ -29,6 +29,7 @@ from sista_tasks.classification import ClassificationTask
 from sista_pl import load_encoder
 from sista_pl.cli import main
 from sista_pl.data.images import read_gray
+from sista_pl.errors import SistaError
 from sista_pl.pretrain import PretrainTask
 from sista_pl.serving import class_names
 
@@ -215,6 +216,12 @@ def test_no_room_is_not_the_clients_mistake(films, model, monkeypatch):
     with pytest.raises(MlflowException, match="set TMPDIR") as caught:
         model.predict(table(films))
     assert caught.value.get_http_status_code() == 500
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be there")
+def test_a_device_that_is_not_there_is_told(served):
+    with pytest.raises(SistaError, match=r"serving_device cuda: .*; give cpu"):
+        mlflow.pyfunc.load_model(str(served), model_config={"serving_device": "cuda"})
 
 
 def test_many_at_once_are_as_one_by_one(films, model):

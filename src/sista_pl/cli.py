@@ -21,7 +21,10 @@ LIGHT_VERBS = {
     "sweep": ("sista_pl.commands.sweep", "methods x seeds x tasks x label fractions, resumable, compared at the end"),
     "compare": ("sista_pl.commands.compare", "methods on stored predictions: paired intervals, p-values, ranks"),
     "report": ("sista_pl.commands.report", "a sweep as one HTML page: tables, curves, maps, worst cases"),
-    "export": ("sista_pl.commands.export", "the encoders for timm, Hugging Face or ONNX, each folder checked"),
+    "export": (
+        "sista_pl.commands.export",
+        "trained encoders for timm, Hugging Face, ONNX or an MLflow server, each folder checked",
+    ),
     "embed": ("sista_pl.commands.embed", "films, and their reports, to vectors in one Parquet file"),
     "explain": ("sista_pl.commands.explain", "where in a film the words of a text light up, over its own pixels"),
     "new": ("sista_pl.commands.new", "begin a task of your own: a small plug-in package that works as it is"),

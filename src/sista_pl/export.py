@@ -1,4 +1,4 @@
-"""The encoders of a checkpoint in the forms that others load: timm, Hugging Face, ONNX; checked before they are given.
+"""The encoders of a checkpoint in the forms that others load (timm, Hugging Face, ONNX, MLflow), checked first.
 
 B images or texts, H W pixels, C input channels, P patches, T sub-word tokens, D encoder dimension, E joint dimension.
 """
@@ -41,53 +41,73 @@ _PROBES = (
 )  # fmt: skip
 
 
-def export(checkpoint: Path, to: str, out: Path, size: int | None = None) -> dict[str, Any]:
-    """Write the encoders of a pre-training as a folder, load it back with the library that it is for, and compare.
+def export(
+    checkpoint: Path, to: str, out: Path, size: int | None = None, register: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write the encoders of a checkpoint as a folder, load it back with the library that it is for, and compare.
 
     The folder has its name only when all features agree to 1e-5 of their largest value.
 
     Args:
-        checkpoint: of `sista fit --config pretrain.yaml`.
-        to: `timm` (image encoder), `hf` (both) or `onnx` (both).
+        checkpoint: of `sista fit --config pretrain.yaml`; for `mlflow` of a classification, too.
+        to: `timm` (image encoder), `hf` (both), `onnx` (both) or `mlflow` (image encoder, served).
         out: folder to make.
         size: long side of a film before the crop, where the checkpoint lies apart from its run.
+        register: for `mlflow`, `name`, `alias` and `privacy`, to register the model too.
 
     Returns:
-        what stands in its `sista.json`.
+        what stands in its `sista.json`; of `mlflow`, what stands in `metadata` of its MLmodel.
 
     Raises:
         SistaError: not such a checkpoint, an encoder that has no such form, a folder that exists, features that differ.
     """
-    if to not in WRITERS:
-        raise SistaError(f"export: --to {to}; {did_you_mean(to, WRITERS)}")
+    if to not in FORMS:
+        raise SistaError(f"export: --to {to}; {did_you_mean(to, FORMS)}")
     if out.exists() or out.is_symlink():
         raise SistaError(f"export: {out} exists; give --out another folder, or delete it")
-    joint, found = open_joint(checkpoint), read_checkpoint(checkpoint)
-    how = preparation(checkpoint, joint.image_size, size)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        partial.mkdir(parents=True)
-        with _quiet(), torch.no_grad():
-            told = WRITERS[to](joint, how, partial)
-        _write_heads(joint, partial / "heads.safetensors", ("image",) if to == "timm" else ("image", "text"))
-        facts = _facts(found, checkpoint, joint, how, to) | told
-        metrics = _metrics(checkpoint, found)
-        facts["phantom"] = metrics.get("phantom")
-        (partial / "README.md").write_text(card(facts, metrics), encoding="utf-8")
-        files, mode = sorted(p for p in partial.rglob("*") if p.is_file()), (partial / "README.md").stat().st_mode
-        for file in files:
-            file.chmod(mode)  # safetensors writes for the owner alone
-        facts["files"] = {
-            file.relative_to(partial).as_posix(): {"bytes": file.stat().st_size, "sha256": file_hash(file)}
-            for file in files
-        }
-        (partial / MARK).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        if to == "mlflow":
+            from sista_pl.serving import write_mlflow
+
+            facts = write_mlflow(checkpoint, partial, size, register)
+            facts["files"] = _files(partial)
+        else:
+            facts = _write(checkpoint, to, partial, size)
         os.rename(partial, out)
     except OSError as why:
         raise SistaError(f"export: {out} cannot be written ({why.strerror or why}); give --out another folder") from why
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return facts
+
+
+def _write(checkpoint: Path, to: str, folder: Path, size: int | None) -> dict[str, Any]:
+    joint, found = open_joint(checkpoint), read_checkpoint(checkpoint)
+    how = preparation(checkpoint, joint.image_size, size)
+    folder.mkdir(parents=True)
+    with _quiet(), torch.no_grad():
+        told = WRITERS[to](joint, how, folder)
+    _write_heads(joint, folder / "heads.safetensors", ("image",) if to == "timm" else ("image", "text"))
+    facts = _facts(found, checkpoint, joint, how, to) | told
+    metrics = _metrics(checkpoint, found)
+    facts["phantom"] = metrics.get("phantom")
+    (folder / "README.md").write_text(card(facts, metrics), encoding="utf-8")
+    mode = (folder / "README.md").stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)  # safetensors writes for the owner alone
+    facts["files"] = _files(folder)
+    (folder / MARK).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    return facts
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+        for file in files
+    }  # fmt: skip
 
 
 # --- the forms ----------------------------------------------------------------------
@@ -281,6 +301,7 @@ def _onnx(joint: Joint, how: Preparation, folder: Path) -> dict[str, Any]:
 
 
 WRITERS: dict[str, Callable[[Joint, Preparation, Path], dict[str, Any]]] = {"timm": _timm, "hf": _hf, "onnx": _onnx}
+FORMS = (*WRITERS, "mlflow")
 
 
 def _write_heads(joint: Joint, file: Path, sides: tuple[str, ...]) -> None:

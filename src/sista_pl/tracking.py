@@ -5,7 +5,12 @@ Everything shown to a tracker that could hold patient data (a picture, a text, a
 
 from __future__ import annotations
 
+import io
 import ipaddress
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +88,120 @@ def publish(trainer: Trainer, path: Path, folder: str = "") -> None:
     if isinstance(logger, MLFlowLogger) and trainer.is_global_zero:
         check_destination(logger._tracking_uri, getattr(trainer, "sista_privacy", "local_only"))
         logger.experiment.log_artifact(logger.run_id, str(path), folder or None)
+
+
+def check_registry(name: str, alias: str, privacy: str = "local_only") -> str:
+    """Set MLflow to MLFLOW_TRACKING_URI, or to the store of the runs where it isn't set, and return the URI.
+
+    Args:
+        name: of the model to register.
+        alias: of its version.
+        privacy: see `check_destination`.
+
+    Raises:
+        SistaError: a tracker or registry on another machine, a name or alias that MLflow refuses.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_model_alias_name, _validate_model_name
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    for place in (uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri):
+        check_destination(place, privacy)
+    try:
+        _validate_model_name(name)
+        _validate_model_alias_name(alias)
+    except MlflowException as why:
+        raise SistaError(f"export: MLflow takes no model {name}@{alias} ({_line(why)}); give another name") from None
+    if alias.lower() == "latest":
+        raise SistaError("export: --alias latest is MLflow's own; give another, as champion")
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI", ""))
+    return uri
+
+
+def register_model(
+    saved: Mapping[str, Any], run: Path | None, description: str, name: str, alias: str, privacy: str = "local_only"
+) -> dict[str, str]:
+    """Log a pyfunc model to the tracker, as the next version of a registered model, and give that the alias.
+
+    Args:
+        saved: arguments of `mlflow.pyfunc.save_model`, without the path.
+        run: folder of the run that trained it; the model goes into its MLflow run where this tracker has it, else
+            into a new one.
+        description: of the version, Markdown.
+        name: of the registered model.
+        alias: moved to this version.
+        privacy: see `check_destination`.
+
+    Returns:
+        name, version, alias, uri and run.
+
+    Raises:
+        SistaError: as `check_registry`; a store that can't be written.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+    from mlflow.tracking import MlflowClient
+
+    uri = check_registry(name, alias, privacy)
+    open_store(uri, "sista")
+    try:
+        client = MlflowClient()
+        training = _training(client, run)
+        if training is None:
+            found = client.get_experiment_by_name("sista")
+            experiment = client.create_experiment("sista") if found is None else found.experiment_id
+            training = client.create_run(experiment, run_name=f"export {name}")
+            client.set_terminated(training.info.run_id)
+        run_id = training.info.run_id
+        logged = client.create_logged_model(
+            training.info.experiment_id, "sista", run_id, params=training.data.params, model_type="encoder"
+        )
+        with _silent():
+            info = Model.log(
+                None, mlflow.pyfunc, name, run_id=run_id, model_id=logged.model_id, metadata=saved["metadata"],
+                **{k: v for k, v in saved.items() if k != "metadata"},
+            )  # fmt: skip
+        number = str(info.registered_model_version)
+        client.set_registered_model_alias(name, alias, number)
+        client.update_model_version(name, number, description)
+    except MlflowException as why:
+        raise SistaError(
+            f"export: {name}@{alias} can't be registered in {uri} ({_line(why)}); nothing is written to --out, mend it "
+            "and export again"
+        ) from why
+    return {"name": name, "version": number, "alias": alias, "uri": uri, "run": run_id}
+
+
+def _training(client: Any, run: Path | None) -> Any:
+    """Return the MLflow run of a run folder where the tracker has it, else None."""
+    from mlflow.exceptions import MlflowException
+
+    if run is None or not (run / "mlflow_run_id").is_file():
+        return None
+    try:
+        return client.get_run((run / "mlflow_run_id").read_text().strip())
+    except MlflowException as why:
+        if why.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _line(why: Exception) -> str:
+    return (str(why).strip().splitlines() or [type(why).__name__])[0][:300]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep MLflow's progress from the user; what matters is raised."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @rank_zero_only

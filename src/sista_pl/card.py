@@ -64,7 +64,7 @@ def card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     lines = [
         f"# Chest X-ray image-report encoder, for {NAMES[facts['format']]}",
         "",
-        *_phantom(facts["phantom"]),
+        *phantom_lines(facts["phantom"]),
         f"An image encoder (`{image['encoder']['name']}`, {size} px) and a text encoder, pre-trained by "
         f"{facts['created_by']} on pairs of chest X-rays and reports. **Not for clinical use**: for research, and for "
         "labelling nothing that a patient depends on.",
@@ -99,7 +99,7 @@ def card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         "SHA-256 of each file, and `weights: DIR` of SISTA refuses a changed one.",
         "",
         "## Data",
-        *_data(facts, metrics),
+        *data_lines(facts, metrics),
         "",
         "## Recipe",
         f"Losses: `{json.dumps(facts['losses'])}`; epoch {facts['checkpoint']['epoch']}, step "
@@ -108,7 +108,7 @@ def card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         f"`{facts['checkpoint']['sha256']}`.",
         "",
         "## Figures",
-        *_figures(metrics),
+        *figure_lines(metrics),
         "",
         "## Limits",
         "* It was pre-trained on the data above: other scanners, views, countries, ages and report styles may do "
@@ -132,13 +132,15 @@ def _norm(joint: Mapping[str, Any]) -> str:
     return f"The norms use running_mean and running_var (eps {joint['eps']:g}), the outer one without weight and bias."
 
 
-def _phantom(phantom: Any) -> list[str]:
+def phantom_lines(phantom: Any) -> list[str]:
+    """Return what a card says of drawn data: nothing where there were none."""
     if phantom is None:
         return ["> Whether it was trained on drawn phantoms is not known: the checkpoint lay apart from its run.", ""]
     return [f"> **{phantom}.** Its figures say nothing about patients.", ""] if phantom else []
 
 
-def _data(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[str]:
+def data_lines(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Return what it was trained on, with the hashes of store and split."""
     data, split = metrics.get("data") or {}, facts["data"]["split"] or {}
     if data.get("source"):
         rows = ", ".join(f"{count} {name}" for name, count in (data.get("rows") or {}).items())
@@ -149,7 +151,8 @@ def _data(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[str]
     )
 
 
-def _figures(metrics: Mapping[str, Any]) -> Iterator[str]:
+def figure_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Return the table of figures with their intervals, validation's and, where there was a test, that of the test."""
     best = metrics.get("best") or {}
     found = dict(best.get("intervals") or {}) | dict((metrics.get("test") or {}).get("intervals") or {})
     if not found:

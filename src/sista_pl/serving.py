@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sista_pl import plugins
-from sista_pl.card import _data, _figures, _phantom
+from sista_pl.card import data_lines, figure_lines, phantom_lines
 from sista_pl.data import transforms
 from sista_pl.data.images import read_gray
 from sista_pl.embed import Preparation, preparation
@@ -314,7 +314,7 @@ def serving_card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         [
             "# Chest X-ray encoder, served by MLflow",
             "",
-            *_phantom(facts["phantom"]),
+            *phantom_lines(facts["phantom"]),
             f"Image files in; {scores}`embedding` out ({facts['embedding']['of']}, {facts['embedding']['dim']} "
             f"numbers).{limits} Made by {facts['created_by']}. **Not for clinical use.**",
             "",
@@ -338,10 +338,10 @@ def serving_card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             'px. On a GPU: `SERVING_MODEL_CONFIG=\'{"serving_device": "cuda"}\'`.',
             "",
             "## Data",
-            *_data(facts, metrics),
+            *data_lines(facts, metrics),
             "",
             "## Figures",
-            *_figures(metrics),
+            *figure_lines(metrics),
             "",
         ]
     )

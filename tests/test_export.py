@@ -229,7 +229,7 @@ def test_onnxruntime_gives_the_same_numbers_for_any_batch(tmp_path, name):
 
 
 def test_features_that_differ_leave_nothing(ckpt, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "TOLERANCE", -1.0)
+    monkeypatch.setattr("sista_pl.roundtrip.TOLERANCE", -1.0)
     assert main(["export", "--ckpt_path", str(ckpt), "--to", "timm", "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "read back by timm" in told

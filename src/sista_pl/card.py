@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from sista_pl.errors import SistaError
+from sista_pl.runs import run_of
 
 NAMES = {"timm": "timm", "hf": "Hugging Face", "onnx": "ONNX"}
 _USE = {
@@ -166,3 +170,17 @@ def figure_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {name} | {figure['value']:.3f} | {told} | {figure.get('n', '')} |"
     yield ""
     yield "Intervals by bootstrap over patients. The checkpoint was chosen on `val`; only `test` is unseen data."
+
+
+def metrics_of(checkpoint: Path, read: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run's metrics.json, that of its test under `test`; apart from a run, what the checkpoint keeps."""
+    run, found = run_of(checkpoint), {"best": (read.get("callbacks") or {}).get("Results", {}).get("best")}
+    for name in ("metrics.json", "test/metrics.json"):
+        file = None if run is None else run / name
+        if file is not None and file.is_file():
+            try:
+                read = json.loads(file.read_text())
+            except ValueError:
+                raise SistaError(f"export: {file} is no JSON; repair it, or copy the checkpoint elsewhere") from None
+            found |= {"test": read} if name.startswith("test/") else read
+    return found

@@ -66,8 +66,7 @@ def open_joint(path: str | Path, device: str = "cpu") -> Joint:
     Raises:
         SistaError: not such a checkpoint, weights that don't cover the encoders.
     """
-    for entry in plugins.plugin_entries().values():
-        plugins._load(entry)  # not `load`, which imports the tasks, and Lightning with them
+    plugins.load_modules()
     found, hyper = load_joint(path), read_checkpoint(path)["hyper_parameters"]
     losses = {}
     for name, spec in hyper["losses"].items():

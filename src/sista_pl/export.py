@@ -6,15 +6,11 @@ B images or texts, H W pixels, C input channels, P patches, T sub-word tokens, D
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import logging
 import os
 import shutil
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,16 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sista_pl.card import card
+from sista_pl.card import card, metrics_of
 from sista_pl.embed import Joint, Preparation, open_joint, preparation
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.models.huggingface import HuggingFaceEncoder
 from sista_pl.models.image import IMAGE_ENCODERS, TimmEncoder
 from sista_pl.models.text import sum_words
-from sista_pl.runs import run_of
+from sista_pl.roundtrip import agree, quiet
 from sista_pl.weights import MARK, file_hash, read_checkpoint
 
-TOLERANCE = 1e-5
 SCHEMA = 1
 _PROBES = (
     "Small left pleural effusion. No pneumothorax is seen.", "Cardiomegaly", "Linear opacity, 3 cm, in the right lung."
@@ -86,11 +81,11 @@ def _write(checkpoint: Path, to: str, folder: Path, size: int | None) -> dict[st
     joint, found = open_joint(checkpoint), read_checkpoint(checkpoint)
     how = preparation(checkpoint, joint.image_size, size)
     folder.mkdir(parents=True)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         told = WRITERS[to](joint, how, folder)
     _write_heads(joint, folder / "heads.safetensors", ("image",) if to == "timm" else ("image", "text"))
     facts = _facts(found, checkpoint, joint, how, to) | told
-    metrics = _metrics(checkpoint, found)
+    metrics = metrics_of(checkpoint, found)
     facts["phantom"] = metrics.get("phantom")
     (folder / "README.md").write_text(card(facts, metrics), encoding="utf-8")
     mode = (folder / "README.md").stat().st_mode
@@ -146,7 +141,7 @@ def write_timm(encoder: TimmEncoder, how: Preparation, folder: Path) -> float:
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     probe = _probe(how.crop)
     given = encoder.renormalise(probe)
-    return _agree("timm", {
+    return agree("timm", {
         "pooled": (encoder(probe).pooled, again(given)),
         "map": (encoder.model.forward_features(given), again.forward_features(given)),
     })  # fmt: skip
@@ -181,7 +176,7 @@ def _hf(joint: Joint, how: Preparation, folder: Path) -> dict[str, Any]:
     else:
         pairs = {"map": (encoder.model(given, **encoder.options).last_hidden_state,
                          again(given, **encoder.options).last_hidden_state)}  # fmt: skip
-    image = _agree("transformers", pairs)
+    image = agree("transformers", pairs)
     return {"difference": {"image": image, "text": _write_text(joint, folder / "text")}}
 
 
@@ -206,7 +201,7 @@ def _write_text(joint: Joint, folder: Path) -> float:
     asked = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
     real = tokens["attention_mask"].bool()
     before, after = (side(**asked).last_hidden_state[real] for side in (encoder.model, model))
-    return _agree("transformers", {"text": (before, after)})
+    return agree("transformers", {"text": (before, after)})
 
 
 def _tokenizer(joint: Joint) -> Any:
@@ -293,7 +288,7 @@ def _onnx(joint: Joint, how: Preparation, folder: Path) -> dict[str, Any]:
             found = session.run(list(_OUTPUTS), {key: x.numpy() for key, x in zip(names, probe, strict=True)})
             for key, before, after in zip(_OUTPUTS, graph(*probe), found, strict=True):
                 pairs[f"{key} of {len(probe[0])}"] = (before, torch.from_numpy(after))
-        difference[name] = _agree("onnxruntime", pairs)
+        difference[name] = agree("onnxruntime", pairs)
     assert joint.text_encoder.tokenizer is not None
     joint.text_encoder.tokenizer.no_padding()
     joint.text_encoder.tokenizer.save(str(folder / "tokenizer.json"))
@@ -319,29 +314,6 @@ def _write_heads(joint: Joint, file: Path, sides: tuple[str, ...]) -> None:
 def _probe(crop: int, count: int = 2) -> Tensor:
     """Return images that differ everywhere, (count, 1, crop, crop) in [-1, 1]."""
     return torch.rand(count, 1, crop, crop, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def _agree(library: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Return the largest difference, as a share of the largest value of its features.
-
-    Raises:
-        SistaError: another shape, or more than 1e-5.
-    """
-    largest = 0.0
-    for name, (before, after) in pairs.items():
-        if before.shape != after.shape:
-            raise SistaError(
-                f"export: {library} {version(library)} gives {name} of {tuple(after.shape)} where the encoder gives "
-                f"{tuple(before.shape)}; nothing is written, please report it"
-            )
-        difference = float((before - after).abs().max() / before.abs().max().clamp_min(1e-12))
-        if not difference <= TOLERANCE:
-            raise SistaError(
-                f"export: read back by {library} {version(library)}, {name} differs by {difference:.1e} of its largest "
-                f"value, more than {TOLERANCE:.0e}; nothing is written, try --to another form, or another {library}"
-            )
-        largest = max(largest, difference)
-    return largest
 
 
 def _name(joint: Joint) -> str:
@@ -392,44 +364,3 @@ def _spec(joint: Joint, spec: Any) -> dict[str, Any]:
 
 def _text_hash(tokenizer: Any) -> str | None:
     return None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-
-def _metrics(checkpoint: Path, read: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the run's metrics.json, that of its test under `test`; apart from a run, what the checkpoint keeps."""
-    run, found = run_of(checkpoint), {"best": (read.get("callbacks") or {}).get("Results", {}).get("best")}
-    for name in ("metrics.json", "test/metrics.json"):
-        file = None if run is None else run / name
-        if file is not None and file.is_file():
-            try:
-                read = json.loads(file.read_text())
-            except ValueError:
-                raise SistaError(f"export: {file} is no JSON; repair it, or copy the checkpoint elsewhere") from None
-            found |= {"test": read} if name.startswith("test/") else read
-    return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress, notes and warnings from the user; what matters is raised."""
-    from transformers.utils import logging as library
-
-    level, bar = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    except (SistaError, OSError):
-        raise
-    except Exception as why:  # torch's exporter and the libraries raise almost anything
-        reason = (str(why).strip().splitlines() or [type(why).__name__])[0][:200]
-        raise SistaError(
-            f"export: this encoder can't be written so ({type(why).__name__}: {reason}); use another --to"
-        ) from why
-    finally:
-        logging.disable(logging.NOTSET)
-        library.set_verbosity(level)
-        if bar:
-            library.enable_progress_bar()

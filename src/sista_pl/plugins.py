@@ -26,10 +26,15 @@ def plugin_entries() -> dict[str, EntryPoint]:
 @cache
 def load() -> dict[str, Any]:
     """Import every plug-in and task once, which registers them; return the task classes by name."""
-    for entry in plugin_entries().values():
-        _load(entry)
+    load_modules()
     tasks = {name: _load(entry) for name, entry in task_entries().items()}
     return {name: task for name, task in tasks.items() if task is not None}
+
+
+def load_modules() -> None:
+    """Import the plug-in modules alone, for the encoders and losses of others; tasks would bring Lightning, too."""
+    for entry in plugin_entries().values():
+        _load(entry)
 
 
 def _load(entry: EntryPoint) -> Any:

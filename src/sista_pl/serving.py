@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sista_pl import plugins
-from sista_pl.card import data_lines, figure_lines, phantom_lines
+from sista_pl.card import data_lines, figure_lines, metrics_of, phantom_lines
 from sista_pl.data import transforms
 from sista_pl.data.images import read_gray
 from sista_pl.embed import Preparation, preparation
 from sista_pl.errors import BadImage, SistaError
 from sista_pl.models import IMAGE_ENCODERS
 from sista_pl.models.heads import Projection
+from sista_pl.roundtrip import agree, quiet
 from sista_pl.runs import run_of
 from sista_pl.weights import file_hash, image_encoder_of, read_checkpoint
 
@@ -174,8 +175,7 @@ class FilmModel:
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> FilmModel:
     """Return the model of an exported folder; MLflow calls this function by its name."""
-    for entry in plugins.plugin_entries().values():
-        plugins._load(entry)  # encoders of others
+    plugins.load_modules()
     found = read_checkpoint(path)
     return FilmModel(FilmEncoder(found, path), found["serving"], (model_config or {}).get("serving_device", "cpu"))
 
@@ -202,18 +202,15 @@ def write_mlflow(
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
-    from sista_pl.export import _agree, _metrics, _quiet
-
     if register is not None:  # what would be refused at the end is refused at the beginning
         from sista_pl.tracking import check_registry
 
         check_registry(**register)
-    for entry in plugins.plugin_entries().values():
-        plugins._load(entry)
+    plugins.load_modules()
     found = read_checkpoint(checkpoint)
     encoder = FilmEncoder(found, checkpoint)
     how = preparation(checkpoint, int(found["hyper_parameters"].get("image_size", 224)), size)
-    metrics = _metrics(checkpoint, found)
+    metrics = metrics_of(checkpoint, found)
     facts = _facts(found, checkpoint, encoder, how, metrics)
     film = _film()
     outputs: list[Any] = [ColSpec(DataType.float, f"score_{name}") for name in facts["classes"] or []]
@@ -227,12 +224,12 @@ def write_mlflow(
             # given, since MLflow would start a process to find them out
             "pip_requirements": [f"{name}=={version(name)}" for name in _PACKAGES],
         }  # fmt: skip
-        with _quiet():
+        with quiet():
             mlflow.pyfunc.save_model(folder, **saved)
             answer = mlflow.pyfunc.load_model(str(folder)).predict(saved["input_example"])
         direct = FilmModel(encoder, facts).predict(saved["input_example"])
         pairs = {str(name): (_tensor(direct[name]), _tensor(answer[name])) for name in direct}
-        facts["difference"] = {"image": _agree("mlflow", pairs)}
+        facts["difference"] = {"image": agree("mlflow", pairs)}
         text = serving_card(facts, metrics)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if register is not None:

@@ -254,7 +254,8 @@ def small_bert(
         vocab_size: most entries that the tokenizer may learn.
         pooling: `mean` (from scratch it learns faster than `cls`) or `cls`.
         max_tokens: longest report in sub-word tokens.
-        dropout: of hidden states and attention.
+        dropout: of hidden states. Attention has none: random numbers for each pair of tokens would cost a CPU
+            more than the attention itself.
     """
     from transformers import BertConfig, BertModel
 
@@ -263,6 +264,6 @@ def small_bert(
     config = BertConfig(
         vocab_size=vocab_size, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=dim // 32,
         intermediate_size=4 * dim, max_position_embeddings=max(128, max_tokens),
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return TextEncoder(BertModel(config, add_pooling_layer=False), None, max_tokens, pooling)

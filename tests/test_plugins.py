@@ -90,6 +90,7 @@ def sista(python: Path, *arguments: str, cwd: Path | None = None) -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_everything_is_listed_and_the_broken_part_is_a_warning(environment):
     tasks = sista(environment, "list", "tasks")
     assert "acme" in tasks.stdout

@@ -72,7 +72,7 @@ class Sweep:
     """What is swept over, as a YAML file says it.
 
     ```yaml
-    pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 6}}
+    pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 5}}
     methods:
       random: null                    # no pre-training: the encoder starts at random in each task
       clip: {config: method/clip.yaml}

@@ -48,6 +48,7 @@ def test_data_ratios(tmp_path, capsys):
     assert "as fast as decoding in each epoch" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_probe_counts_the_passes_of_both_sides(tmp_path, capsys):
     path = tmp_path / "bench.json"
     options = ["--images", "200", "--image-size", "32", "--epochs", "2", "--json", str(path)]

@@ -33,7 +33,7 @@ A sweep that was stopped goes on where it was: finished cells are left alone, a 
   sista sweep --config mine.yaml --dry-run        # the commands, and which of them are done
 
 The file:
-  pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 6}}
+  pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 5}}
   methods:
     random: null                                  # no pre-training
     clip: {config: method/clip.yaml}

@@ -18,14 +18,14 @@ $(BIN)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(BIN)/.ready  ## draw a phantom, pre-train SISTA on it, find diseases by words and by few labels (8 minutes)
+demo: $(BIN)/.ready  ## draw a phantom, pre-train SISTA on it, find diseases by words and by few labels
 	$(BIN)/sista fit --config pretrain.yaml --name demo
 	$(BIN)/sista test --config zeroshot_chexpert.yaml --name demo-words --model.weights $(DEMO)
 	$(BIN)/sista fit --config cls_chexpert.yaml --name demo-labels --model.weights $(DEMO) --data.label_fraction 0.1 \
 		--then test --config cls_chexpert.yaml --name demo-labels
 	$(BIN)/sista list runs --match demo
 
-test: $(BIN)/.ready  ## the default tests, five minutes on two cores
+test: $(BIN)/.ready  ## the default tests, minutes on two cores
 	$(PYTEST) -n 2
 
 test-slow: $(BIN)/.ready  ## the slow ones alone: every configuration through fit and test, kills, two processes

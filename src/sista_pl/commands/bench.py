@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     step.add_argument("--batch-size", type=int, default=32, help="pairs a step (default: %(default)s)")
     step.set_defaults(run=_bench_step)
     loss = verbs.add_parser("loss", help="instance losses in blocks of the logits, against whole matrices of B x B")
-    loss.add_argument("--pairs", type=int, default=4096, help="the batch B; five matrices of 4 B² bytes have to fit "
+    loss.add_argument("--pairs", type=int, default=4096, help="the batch B; seven matrices of 4 B² bytes have to fit "
                       "(default: %(default)s)")  # fmt: skip
     loss.add_argument("--dim", type=int, default=128, help="joint dimension (default: %(default)s)")
     loss.set_defaults(run=_bench_loss)

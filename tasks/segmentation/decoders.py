@@ -195,7 +195,7 @@ class Linear(nn.Module):
     What it finds the encoder has found; as for DINOv2 (Oquab et al. 2024), whose norm it takes over.
 
     Args:
-        places: of the maps in the encoder's pyramid.
+        places: of the maps in the encoder's pyramid, the finest first.
         channels: of these maps.
     """
 
@@ -206,14 +206,37 @@ class Linear(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=i == 0) for i, c in enumerate(channels))
 
     def forward(self, encoder: ImageEncoder, image: Tensor) -> Tensor:
-        """(B, 1, H, W) → logits (B, 1, H, W)."""
+        """(B, 1, H, W) → logits (B, 1, h, w) at the cells of the finest map."""
+        maps = self._maps(encoder, image)
+        found = [head(norm(m)) for m, norm, head in zip(maps, self.norms, self.heads, strict=True)]
+        return torch.stack([_resized(each, found[0].shape[-2:]) for each in found]).sum(0)
+
+    def cells(self, encoder: ImageEncoder, image: Tensor) -> Tensor:
+        """(B, 1, H, W) → the maps' channels, all of them, at the cells of the finest map (B, D, h, w)."""
+        maps = self._maps(encoder, image)
+        return torch.cat([_resized(found, maps[0].shape[-2:]) for found in maps], 1)
+
+    @torch.no_grad()
+    def take(self, mean: Tensor, variance: Tensor, weight: Tensor, bias: float) -> None:
+        """Take over a layer that was solved for: mean, variance and weight (D,) of the channels of `cells`."""
+        sizes = [norm.num_features for norm in self.norms]
+        parts = zip(self.norms, self.heads, *(v.split(sizes) for v in (mean, variance, weight)), strict=True)
+        for norm, head, of_mean, of_variance, of_weight in parts:
+            norm.running_mean.copy_(of_mean)
+            norm.running_var.copy_(of_variance)
+            head.weight.copy_(of_weight[None, :, None, None])
+        self.heads[0].bias.fill_(bias)
+
+    def _maps(self, encoder: ImageEncoder, image: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder)):
             maps = encoder.pyramid(image)
-        found = [head(norm(maps[place])) for place, norm, head in zip(self.places, self.norms, self.heads, strict=True)]
-        size = image.shape[-2:]
-        return torch.stack(
-            [nn.functional.interpolate(each.float(), size, mode="bilinear", align_corners=False) for each in found]
-        ).sum(0)
+        return [maps[place] for place in self.places]
+
+
+def _resized(found: Tensor, size: Sequence[int]) -> Tensor:
+    if found.shape[-2:] == tuple(size):
+        return found.float()
+    return nn.functional.interpolate(found.float(), tuple(size), mode="bilinear", align_corners=False)
 
 
 @DECODERS.register("linear")

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sista_tasks.segmentation.decoders import DECODERS
+from pytorch_lightning.utilities import rank_zero_info
+from sista_tasks.segmentation.decoders import DECODERS, Linear
+from sista_tasks.segmentation.ridge import fit
 from torch import Tensor
 
 from sista_pl.data.images import unfit_mask
@@ -33,7 +35,8 @@ class SegmentationTask(TransferTask):
     Args:
         decoder: `unet`, `unetplusplus` or `fpn` on convolutional encoders, `dpt` or `setr_pup` on vision
             transformers, `linear`, a probe, on both; or with arguments, as
-            `{name: unet, channels: [256, 128, 64, 32, 16]}`.
+            `{name: unet, channels: [256, 128, 64, 32, 16]}`. `linear` on a frozen encoder under `protocol: standard`
+            is not trained but solved: ridge regression, its strength and threshold chosen on validation.
         losses: `{mask: {name: dice_bce}}` where not given; `focal_logdice` under `protocol: mgca`.
         kwargs: see `TransferTask`.
     """
@@ -54,6 +57,52 @@ class SegmentationTask(TransferTask):
     def configure_head(self) -> None:
         self.decoder = DECODERS.build(self.decoder_spec, encoder=self.image_encoder, image_size=self.image_size)
         freeze_unreached(self.image_encoder, self.image_size)
+
+    # --- the dense probe ---------------------------------------------------------
+
+    @property
+    def solved(self) -> bool:
+        """Whether the decoder is solved for instead of trained."""
+        return isinstance(self.decoder, Linear) and self.frozen and self.protocol == "standard"
+
+    def train(self, mode: bool = True) -> SegmentationTask:
+        super().train(mode)
+        if hasattr(self, "decoder") and self.solved:
+            self.decoder.eval()  # its norms have been solved for, too
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        if self.solved:
+            self._solve()
+
+    def on_train_batch_end(self, *of_step: Any) -> None:
+        if self.solved:
+            self.trainer.should_stop = True  # nothing is left to learn
+
+    @torch.no_grad()
+    def _solve(self) -> None:
+        decoder, data = self.decoder, self.trainer.datamodule
+        assert isinstance(decoder, Linear)
+        train, val = (
+            ({k: batch[k].to(self.device) for k in ("image", "mask")} for batch in data.in_order(split, told))
+            for split, told in (("train", "training images"), ("val", "validation images"))
+        )
+        goal = self.monitor.removeprefix("val/")
+        layer, strength, threshold = fit(
+            lambda image: decoder.cells(self.image_encoder, image), train, val, decoder.norms[0].eps,
+            lambda family: family.figure(goal),
+        )  # fmt: skip
+        decoder.take(*(torch.as_tensor(part).to(self.device) for part in layer[:3]), bias=layer[3])
+        rank_zero_info(
+            f"dense probe: {len(data.rows['train'])} images; penalty {strength:g} and threshold {threshold:.2g} of the "
+            f"share chosen on {len(data.rows['val'])} validation images"
+        )
+
+    def configure_optimizers(self):
+        # the solver has set the layer: an optimizer that moves nothing, since Lightning keeps no checkpoint without one
+        return torch.optim.SGD(self.decoder.parameters(), lr=0.0) if self.solved else super().configure_optimizers()
+
+    # --- the step ----------------------------------------------------------------
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Return logits (B, 1, H, W) of the input's size."""

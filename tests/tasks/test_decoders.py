@@ -99,21 +99,21 @@ def test_the_linear_probe_is_linear_in_the_maps_and_bilinear_between_their_cells
     def logits(maps):
         encoder.pyramid = lambda image: maps
         with torch.no_grad():
-            return made.decoder(encoder, image)[0, 0]
+            return made({"image": image})[0, 0]
 
     a, b = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     none = [torch.zeros(shape) for shape in shapes]
     total = [x + y for x, y in zip(a, b, strict=True)]
     torch.testing.assert_close(logits(total), logits(a) + logits(b) - logits(none), rtol=1e-4, atol=1e-5)
-    # a lone cell of the coarsest map (32 px) reaches one cell far, halfway at its border
+    # a lone cell of the coarsest map (32 px) reaches one of its cells and one of the finest (8 px) far
     lone = [torch.zeros(shape) for shape in shapes]
     lone[-1][0, :, 0, 0] = torch.randn(shapes[-1][1])
     reach = logits(lone) - logits(none)
     weight, scale = made.decoder.heads[-1].weight[0, :, 0, 0], (1 + made.decoder.norms[-1].eps) ** -0.5
     centre = (lone[-1][0, :, 0, 0] * scale * weight).sum()
-    torch.testing.assert_close(reach[:16, :16], centre.detach().expand(16, 16), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(reach[15:17, 0].mean(), centre.detach() * (1 + 63 / 64) / 2, rtol=1e-3, atol=1e-5)
-    assert reach[48:].abs().max() < 1e-6
+    torch.testing.assert_close(reach[:12, :12], centre.detach().expand(12, 12), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reach[31:33, 0].mean(), centre.detach() / 2, rtol=1e-3, atol=1e-5)
+    assert reach[52:].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

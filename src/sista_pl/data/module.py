@@ -6,13 +6,15 @@ B samples, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
+from rich.console import Console
+from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from sista_pl import distributed
@@ -163,6 +165,17 @@ class BaseDataModule(LightningDataModule):
     def epoch_rows(self, split: str, train: bool) -> np.ndarray:
         """Return the rows of the store that an epoch goes through, in any order."""
         return self.rows[split]
+
+    def in_order(self, split: str, told: str = "") -> Iterable[Any]:
+        """Return the batches of a split in order, without augmentation; on several devices each has all of them.
+
+        Args:
+            split: `train`, `val` or `test`.
+            told: what the progress bar calls them; none where not given.
+        """
+        batches = self._loader(split, False)
+        batches.batch_sampler.rank, batches.batch_sampler.world = 0, 1
+        return track(batches, told, console=Console(stderr=True), transient=True, disable=not told or len(batches) < 20)
 
     def _loader(self, split: str, train: bool) -> ResumableLoader:
         transform = transforms.build(self.size, self.crop, train, self.rotate, self.contrast)

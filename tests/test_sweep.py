@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sista_pl import packaged
+from sista_pl.book import Book
 from sista_pl.errors import SistaError
-from sista_pl.sweep import Book, Cell, read_sweep
+from sista_pl.sweep import Cell, read_sweep
 
 SWEEP = """
 pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 2, data.phantom: {studies: 60, seed: 0}}}
@@ -44,7 +46,8 @@ def finish(book: Book, sweep, cell: Cell, value: float = 0.5) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in packaged.names() if name.startswith("benchmark/")])
-def test_every_packaged_sweep_can_be_read(name, tmp_path):
+def test_every_packaged_sweep_can_be_read(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SISTA_REPORTS", "reports.csv")
     sweep = read_sweep(name)
     for cell in sweep.cells():
         if cell.task is None:
@@ -157,6 +160,78 @@ def test_the_tables(file, tmp_path):
     assert len(told) == 3
 
 
+TUNE = "tune: {options: {model.lr: [0.1, 0.2], data.batch_size: [8, 16]}, task: siim}\nseeds:"
+
+
+def end(book: Book, cell: Cell, score: float | None, monitor: str = "val/dice_positive") -> None:
+    """Put down what the training of a cell that chooses a setting leaves."""
+    run = book.runs / cell.name / "0001"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "best.ckpt").touch()
+    (run / "metrics.json").write_text(json.dumps({"monitor": monitor, "best": {"score": score}}))
+
+
+def test_every_method_is_tuned_with_the_same_budget_and_never_on_a_test_set(file, tmp_path):
+    file.write_text(SWEEP.replace("seeds:", TUNE).replace("tasks:", "  sia: {config: method/sia.yaml}\ntasks:"))
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    tried = {method: [c for c in sweep.cells() if c.method == method and c.setting is not None]
+             for method in sweep.methods}  # fmt: skip
+    assert tried["random"] == []
+    assert [c.name for c in tried["clip"]] == [
+        name for k in range(4) for name in (f"clip-tune{k}", f"clip-tune{k}-siim-0.1")
+    ]
+    assert len(tried["sia"]) == len(tried["clip"])
+    assert {c.seed for c in tried["clip"]} == {0}  # the first
+    for cell in tried["clip"][::2]:
+        end(book, cell, 0.3)
+    for cell in tried["clip"]:
+        assert [command[0] for command in sweep.commands(cell, book.runs)] == ["fit"]
+    assert sweep.commands(tried["clip"][3], book.runs)[0][-1] == str(
+        book.runs / "clip-tune1" / "0001" / "checkpoints" / "best.ckpt"
+    )
+    assert sweep.needs(Cell("clip", 7)) == tried["clip"]
+    assert sweep.needs(tried["clip"][0]) == []
+    assert sweep.needs(Cell("clip", 7, "siim", 0.1)) == [Cell("clip", 7)]
+    assert sweep.needs(Cell("random", 7, "siim", 0.1)) == []
+    for share in ([c for c in sweep.cells((i, 3))] for i in range(3)):  # each task of an array job has all it needs
+        assert all(needed in share[: share.index(cell)] for cell in share for needed in sweep.needs(cell))
+
+
+def test_the_setting_of_the_highest_validation_figure_is_for_all_seeds(file, tmp_path):
+    file.write_text(SWEEP.replace("seeds:", TUNE))
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    tried = [cell for cell in sweep.tuning("clip") if cell.task is not None]
+    for cell in tried:
+        end(book, cell.encoder, 0.9)
+    for cell, score in zip(tried[:3], (0.2, 0.4, 0.4), strict=True):
+        end(book, cell, score)
+    with pytest.raises(SistaError, match=r"tune: clip-tune3-siim-0\.1 has not ended"):
+        sweep.commands(Cell("clip", 7), book.runs)
+    end(book, tried[3], 0.1)
+    for seed in (0, 7):
+        for command in sweep.commands(Cell("clip", seed), book.runs):
+            words = " ".join(command)
+            assert words.index("--model.lr 0.002") < words.index("--model.lr 0.1 ")  # the later one counts
+            assert "--data.batch_size 16" in words
+    for cell in sweep.tuning("clip"):
+        book.finish(sweep, cell, 1.0)
+    book.write_table(sweep)
+    table = pd.read_csv(book.root / "tuning.csv")
+    assert table["value"].tolist() == [0.2, 0.4, 0.4, 0.1]
+    assert table["chosen"].tolist() == [False, True, False, False]
+    assert json.loads(table["options"][1]) == {"model.lr": 0.1, "data.batch_size": 16}
+    assert "4 pre-trainings, model.lr of [0.1, 0.2]" in sweep.tune.told()
+
+
+def test_a_loss_can_not_choose(file, tmp_path):
+    file.write_text(SWEEP.replace("seeds:", TUNE))
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    for cell in sweep.tuning("clip"):
+        end(book, cell, 0.3, "val/loss")
+    with pytest.raises(SistaError, match=r"clip-tune0-siim-0\.1 was chosen by val/loss"):
+        sweep.commands(Cell("clip", 0), book.runs)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -173,6 +248,14 @@ def test_the_tables(file, tmp_path):
         ("[0, 7]", "[0, 0]", "give each once"),
         ("[0, 7]", "1", "seeds is 1"),
         ("reference: clip", "reference: clop", "unknown method 'clop'; did you mean clip"),
+        ("seeds:", "tune: 3\nseeds:", "tune is 3; write"),
+        (
+            "seeds:",
+            TUNE.replace("task: siim", "task: sim"),
+            "tune: task is 'sim'; give one that is fitted",
+        ),
+        ("seeds:", TUNE.replace("[0.1, 0.2]", "0.1"), "tune: options is .*; give values to try"),
+        ("seeds:", TUNE.replace("task:", "fraction: 2, task:"), r"tune: fractions is \[2\]"),
         ("methods:", "methods: [", "not YAML"),
     ],
 )

@@ -1,30 +1,28 @@
 """A sweep: methods x seeds pre-train, each encoder goes through tasks x label fractions; every cell is a command.
 
-A cell is one pre-training or one task at one fraction. Its run lies where `sista fit --name CELL` puts it, and a mark
-beside the runs says that it is done, so that a sweep that was stopped goes on where it was.
+A cell is one pre-training or one task at one fraction.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sista_pl import packaged, runs
 from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.tuning import Tuning, best, validated
 
 PRETRAIN = "pretrain"
-KEYS = ("name", "pretrain", "methods", "tasks", "seeds", "fractions", "reference")
+KEYS = ("name", "pretrain", "methods", "tasks", "tune", "seeds", "fractions", "reference")
 PART_KEYS = ("config", "options", "fractions", "fits")
+TUNE_KEYS = ("options", "task", "fraction")
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,24 @@ class Cell:
         seed: of the pre-training, of the task, and of the subset of labels.
         task: name of the task in the sweep.
         fraction: share of the training labels, in [0, 1]; 0 of an evaluation, which fits nothing.
+        setting: of the sweep's `tune`, where the cell is for choosing one; it is not tested.
     """
 
     method: str
     seed: int
     task: str | None = None
     fraction: float | None = None
+    setting: int | None = None
 
     @property
     def name(self) -> str:
         task = "" if self.task is None else f"-{self.task}-{self.fraction:g}"
-        return f"{self.method}-{self.seed}{task}"
+        return f"{self.method}-{self.seed if self.setting is None else f'tune{self.setting}'}{task}"
+
+    @property
+    def encoder(self) -> Cell:
+        """The pre-training that a task's cell needs."""
+        return Cell(self.method, self.seed, setting=self.setting)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Sweep:
       cls_chexpert: {config: cls_chexpert.yaml, fractions: [0.01, 0.1]}
       seg_siim: {config: seg_siim.yaml, options: {trainer.max_epochs: 3}}
       grounding: {config: ground_siim.yaml, fits: false}    # an evaluation: no labels, nothing to fit
+    tune: {options: {model.lr: [5.0e-4, 1.0e-3]}, task: cls_chexpert, fraction: 0.01}   # may be left out
     fractions: [0.01, 0.1, 1.0]       # of each task that gives none
     seeds: [0, 1, 2]
     reference: clip                   # the method that `sista compare` sets the others against
@@ -94,6 +100,7 @@ class Sweep:
         seeds: of the pre-trainings.
         fractions: of the training labels.
         reference: one of the methods, or None for the first.
+        tune: what is tried for each method before its pre-trainings; None takes what the configurations say.
     """
 
     name: str
@@ -103,6 +110,7 @@ class Sweep:
     seeds: list[int]
     fractions: list[float]
     reference: str | None = None
+    tune: Tuning | None = None
 
     def cells(self, part: tuple[int, int] = (0, 1)) -> list[Cell]:
         """Return the cells, each pre-training before its tasks.
@@ -111,30 +119,78 @@ class Sweep:
             part: (i, n), the i-th of n shares of the pre-trainings with their tasks, for an array job.
         """
         index, count = part
-        groups = [(method, seed) for seed in self.seeds for method in self.methods][index::count]
+        groups = [(method, [seed]) for seed in self.seeds for method in self.methods]
+        if self.tune is not None:  # what is chosen for a method is for all of its seeds
+            groups = [(method, self.seeds) for method in self.methods]
         found = []
-        for method, seed in groups:
-            found += [] if self.methods[method] is None else [Cell(method, seed)]
-            for name, task in self.tasks.items():
-                if task.fits:
-                    found += [Cell(method, seed, name, share) for share in task.fractions or self.fractions]
-                elif self.methods[method] is not None:  # an evaluation is of a pre-training
-                    found.append(Cell(method, seed, name, 0.0))
+        for method, seeds in groups[index::count]:
+            found += self.tuning(method)
+            for seed in seeds:
+                found += self._of(method, seed)
         return found
 
+    def _of(self, method: str, seed: int) -> list[Cell]:
+        found = [] if self.methods[method] is None else [Cell(method, seed)]
+        for name, task in self.tasks.items():
+            if task.fits:
+                found += [Cell(method, seed, name, share) for share in task.fractions or self.fractions]
+            elif self.methods[method] is not None:  # an evaluation is of a pre-training
+                found.append(Cell(method, seed, name, 0.0))
+        return found
+
+    def tuning(self, method: str) -> list[Cell]:
+        """Return the cells that choose a method's setting, each pre-training before its task."""
+        if self.tune is None or self.methods[method] is None:
+            return []
+        task, share, places = self.tune.task, self.tune.fraction, range(len(self.tune.settings))
+        return [
+            cell for k in places
+            for cell in (Cell(method, self.seeds[0], setting=k), Cell(method, self.seeds[0], task, share, k))
+        ]  # fmt: skip
+
+    def needs(self, cell: Cell) -> list[Cell]:
+        """Return the cells that have to be done before this one."""
+        if self.methods[cell.method] is None:
+            return []
+        if cell.task is not None:
+            return [cell.encoder]
+        return [] if cell.setting is not None else self.tuning(cell.method)
+
+    def scores(self, method: str, root: Path) -> dict[int, tuple[str, float]]:
+        """Return of each setting that was tried for a method the validation figure, name and value.
+
+        Raises:
+            SistaError: one has not ended.
+        """
+        tried = [cell for cell in self.tuning(method) if cell.task is not None and cell.setting is not None]
+        return {cell.setting: validated(root, cell.name) for cell in tried if cell.setting is not None}
+
+    def chosen(self, method: str, root: Path) -> dict[str, Any]:
+        """Return the options that were chosen for a method, {} where nothing is tuned."""
+        scores = {setting: value for setting, (_, value) in self.scores(method, root).items()}
+        return self.tune.settings[best(scores)] if self.tune is not None and scores else {}
+
     def commands(self, cell: Cell, root: Path) -> list[list[str]]:
-        """Return the arguments of `sista` that make a cell, in order; an encoder that is not there yet is an error."""
+        """Return the arguments of `sista` that make a cell, in order.
+
+        Raises:
+            SistaError: an encoder is not there yet, or a setting not chosen.
+        """
         common = ["--name", cell.name, "--run_root", str(root), "--seed_everything", str(cell.seed)]
         if cell.task is None:
-            said = [*flags(self.pretrain, self.methods[cell.method] or Part()), *common]
-            return [["fit", *said], ["test", *said]]
-        task = self.tasks[cell.task]
-        said = [*flags(task), *common]
-        if task.fits:
-            said += ["--data.label_fraction", f"{cell.fraction:g}", "--data.fraction_seed", str(cell.seed)]
-        if self.methods[cell.method] is not None:
-            said += ["--model.weights", str(runs.find_checkpoint(root, Cell(cell.method, cell.seed).name, "best"))]
-        return [["fit", *said], ["test", *said]] if task.fits else [["test", *said]]
+            tried = None if cell.setting is None or self.tune is None else self.tune.settings[cell.setting]
+            options = self.chosen(cell.method, root) if tried is None else tried
+            said = [*flags(self.pretrain, self.methods[cell.method] or Part(), Part(options=options)), *common]
+        else:
+            task = self.tasks[cell.task]
+            said = [*flags(task), *common]
+            if task.fits:
+                said += ["--data.label_fraction", f"{cell.fraction:g}", "--data.fraction_seed", str(cell.seed)]
+            if self.methods[cell.method] is not None:
+                said += ["--model.weights", str(runs.find_checkpoint(root, cell.encoder.name, "best"))]
+            if not task.fits:
+                return [["test", *said]]
+        return [["fit", *said], ["test", *said]] if cell.setting is None else [["fit", *said]]
 
 
 def read_sweep(name: str) -> Sweep:
@@ -177,7 +233,8 @@ def read_sweep(name: str) -> Sweep:
         raise SistaError(f"sweep {path}: reference: unknown method {reference!r}; {did_you_mean(reference, methods)}")
     pretrain = _part(given.get("pretrain") or {"config": "pretrain.yaml"}, f"sweep {path}: pretrain")
     shares = _fractions(given.get("fractions", [1.0]), f"sweep {path}")
-    return Sweep(str(given.get("name") or path.stem), pretrain, methods, tasks, seeds, shares, reference)
+    tune = None if given.get("tune") is None else _tune(given["tune"], tasks, shares, f"sweep {path}: tune")
+    return Sweep(str(given.get("name") or path.stem), pretrain, methods, tasks, seeds, shares, reference, tune)
 
 
 def _known(given: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
@@ -216,97 +273,23 @@ def _part(given: Any, where: str) -> Part:
     return Part([str(name) for name in configs], options, None if shares is None else _fractions(shares, where), fits)
 
 
+def _tune(given: Any, tasks: Mapping[str, Part], shares: list[float], where: str) -> Tuning:
+    if not isinstance(given, dict):
+        raise SistaError(f"{where} is {given!r}; write {{options: {{model.lr: [0.0005, 0.001]}}, task: NAME}}")
+    _known(given, TUNE_KEYS, where)
+    options = given.get("options")
+    if not isinstance(options, dict) or not options or not all(isinstance(v, list) and v for v in options.values()):
+        raise SistaError(f"{where}: options is {options!r}; give values to try, as {{model.lr: [0.0005, 0.001]}}")
+    task = str(given.get("task"))
+    if task not in tasks or not tasks[task].fits:
+        near = did_you_mean(task, [name for name, part in tasks.items() if part.fits])
+        raise SistaError(f"{where}: task is {task!r}; give one that is fitted, {near}")
+    share = _fractions([given.get("fraction", min(tasks[task].fractions or shares))], where)[0]
+    return Tuning({str(key): values for key, values in options.items()}, task, share)
+
+
 def _fractions(given: Any, where: str) -> list[float]:
     right = isinstance(given, list) and given and all(type(f) in (int, float) and 0 < f <= 1 for f in given)
     if not right:
         raise SistaError(f"{where}: fractions is {given!r}; give shares of the labels, as in [0.01, 0.1, 1.0]")
     return [float(share) for share in given]
-
-
-# --- what is on disk -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Book:
-    """What a sweep has done so far, in its folder.
-
-    Args:
-        root: the sweep's folder: `runs/`, `logs/`, `done/`, `cells.csv`.
-    """
-
-    root: Path
-
-    @property
-    def runs(self) -> Path:
-        return self.root / "runs"
-
-    def log(self, cell: Cell) -> Path:
-        return self.root / "logs" / f"{cell.name}.log"
-
-    def mark(self, cell: Cell) -> Path:
-        return self.root / "done" / f"{cell.name}.json"
-
-    def done(self, sweep: Sweep, cell: Cell) -> bool:
-        """Return whether a cell is done, by the commands that the sweep has for it now.
-
-        Raises:
-            SistaError: it was made by other commands.
-        """
-        mark = self.mark(cell)
-        if not mark.is_file():
-            return False
-        made, wanted = json.loads(mark.read_text())["commands"], self.recorded(sweep, cell)
-        if made != wanted:
-            odd = next((pair for pair in zip(chain(*made), chain(*wanted), strict=False) if pair[0] != pair[1]), None)
-            told = f" ({odd[0]} there, {odd[1]} now)" if odd else ""
-            raise SistaError(
-                f"sweep: {cell.name} in {self.root} was made by another command{told}; give another --out, or delete "
-                f"{mark} and {self.runs / cell.name} to make it again"
-            )
-        return True
-
-    def recorded(self, sweep: Sweep, cell: Cell) -> list[list[str]]:
-        """Return a cell's commands as a mark keeps them: wherever the sweep's folder lies, and however it is called."""
-        here = str(self.root)
-        return [[word.replace(here, "OUT") for word in command] for command in sweep.commands(cell, self.runs)]
-
-    def finish(self, sweep: Sweep, cell: Cell, seconds: float) -> None:
-        """Mark a cell as done."""
-        mark = self.mark(cell)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        told = {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)}
-        partial = mark.with_suffix(".partial")
-        partial.write_text(json.dumps(told, indent=2) + "\n")
-        partial.replace(mark)
-
-    def table(self, sweep: Sweep) -> pd.DataFrame:
-        """Return a row for each cell and figure of its test: method, task, fraction, seed, metric, value, low, high.
-
-        `predictions` is the file, relative to the sweep's folder, that the figures of a task were computed on.
-        """
-        rows = []
-        for cell in sweep.cells():
-            if not self.mark(cell).is_file():
-                continue
-            test = max(run / "test" for run in runs.runs_of(self.runs, cell.name) if (run / "test").is_dir())
-            told = json.loads((test / "metrics.json").read_text())
-            predictions = test / "predictions.parquet"
-            for metric, figure in told["intervals"].items():
-                low, high = figure["interval95"] or (None, None)
-                rows.append({
-                    "method": cell.method, "task": cell.task or PRETRAIN, "fraction": cell.fraction, "seed": cell.seed,
-                    "metric": metric.removeprefix("test/"), "value": figure["value"], "low": low, "high": high,
-                    "predictions": predictions.relative_to(self.root).as_posix() if predictions.is_file() else None,
-                })  # fmt: skip
-        columns = ["method", "task", "fraction", "seed", "metric", "value", "low", "high", "predictions"]
-        return pd.DataFrame(rows, columns=columns)
-
-    def write_table(self, sweep: Sweep) -> Path:
-        """Write `figures.csv`, all figures, and `cells.csv`, a line a cell with predictions, for `sista compare`."""
-        table = self.table(sweep)
-        tested = table.dropna(subset="predictions")[["method", "task", "fraction", "seed", "predictions"]]
-        for name, frame in (("figures.csv", table), ("cells.csv", tested.drop_duplicates())):
-            partial = self.root / f".{name}.{os.getpid()}.partial"  # tasks of an array job write it, too
-            frame.to_csv(partial, index=False)
-            partial.replace(self.root / name)
-        return self.root / "cells.csv"

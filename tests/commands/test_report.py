@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sista_pl.book import Book
 from sista_pl.cli import main
 from sista_pl.commands import sweep as sweep_command
-from sista_pl.sweep import Book, read_sweep
+from sista_pl.sweep import read_sweep
 
 SWEEP = """
 methods: {random: null, plain: null}

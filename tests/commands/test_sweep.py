@@ -65,6 +65,31 @@ def test_pretrainings_come_before_their_tasks_and_nothing_runs_twice(file, monke
     assert ran == []
 
 
+def test_a_pretraining_waits_for_what_chooses_its_setting(file, monkeypatch, capsys):
+    file.write_text(SWEEP + "tune: {options: {model.lr: [0.1, 0.2]}, task: siim}\n")
+    ran: list[str] = []
+    plain = stand_in(ran)
+
+    def child(self, cell, commands, sink, release) -> int:
+        code = plain(self, cell, commands, sink, release)
+        told = {"monitor": "val/dice_positive", "best": {"score": 0.1 if cell.setting == 0 else 0.3}}
+        (self.book.runs / cell.name / "0001" / "metrics.json").write_text(json.dumps(told))
+        return code
+
+    monkeypatch.setattr(command._Run, "child", child)
+    assert main(["sweep", "--config", str(file), "--dry-run"]) == 0
+    assert "# clip-1: once the setting of clip is chosen" in capsys.readouterr().out.splitlines()
+    assert main(["sweep", "--config", str(file), "--jobs", "2"]) == 0
+    tuning = [f"fit clip-tune{k}{task}" for k in range(2) for task in ("", "-siim-0.1")]
+    assert max(map(ran.index, tuning)) < min(ran.index(f"fit clip-{seed}") for seed in (0, 1))
+    assert not any(line.startswith("test clip-tune") for line in ran)
+    done = json.loads(Path("sweeps/mine/done/clip-1.json").read_text())["commands"]
+    assert all("--model.lr 0.2" in " ".join(words) for words in done)
+    ran.clear()
+    assert main(["sweep", "--config", str(file), "--jobs", "2"]) == 0
+    assert ran == []
+
+
 def test_a_failure_stops_the_sweep_and_says_why_and_mended_it_goes_on(file, monkeypatch, capsys):
     ran: list[str] = []
     monkeypatch.setattr(command._Run, "child", stand_in(ran, broken="clip-0"))

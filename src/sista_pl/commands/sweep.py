@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sista_pl import runs
+from sista_pl.book import Book
 from sista_pl.cli import THEN
 from sista_pl.errors import SistaError
-from sista_pl.sweep import PRETRAIN, Book, Cell, Sweep, read_sweep
+from sista_pl.sweep import PRETRAIN, Cell, Sweep, read_sweep
 
 _HELP = """\
 Pre-train each method with each seed, take each encoder through each task with each share of the labels, and compare.
@@ -41,11 +42,15 @@ The file:
   tasks:
     cls_chexpert: {config: cls_chexpert.yaml}
     zeroshot: {config: zeroshot_chexpert.yaml, fits: false}   # an evaluation: no labels, nothing to fit
+  tune: {options: {model.lr: [5.0e-4, 1.0e-3]}, task: cls_chexpert, fraction: 0.01}   # the same budget for each method
   fractions: [0.01, 0.1, 1.0]
   seeds: [0, 1, 2]
   reference: clip
 
-Its folder then holds cells.csv (a line a cell, what `sista compare --table` reads), figures.csv (each figure of each
+Where there is `tune`, each method is pre-trained with each of the values, with the first seed, and the validation
+figure of the task decides; test sets are not looked at, and tuning.csv says what was tried.
+
+The folder then holds cells.csv (a line a cell, what `sista compare --table` reads), figures.csv (each figure of each
 test with its interval), compare.md, report.html (all of it on one page), and the runs, each of them an MLflow run, too.
 """
 
@@ -104,7 +109,8 @@ def _tell(sweep: Sweep, book: Book, part: tuple[int, int]) -> int:
         try:
             commands = sweep.commands(cell, book.runs)
         except SistaError:
-            print(f"# {cell.name}: once {Cell(cell.method, cell.seed).name} has an encoder")
+            wants = f"{cell.encoder.name} has an encoder" if cell.task else f"the setting of {cell.method} is chosen"
+            print(f"# {cell.name}: once {wants}")
             continue
         for command in commands:
             print("sista " + shlex.join(command))
@@ -154,10 +160,8 @@ class _Run:
         return self.failed
 
     def ready(self, cell: Cell) -> bool:
-        """Whether the encoder that a task needs is there."""
-        if cell.task is None or self.sweep.methods[cell.method] is None:
-            return True
-        return self.book.mark(Cell(cell.method, cell.seed)).is_file()
+        """Whether all that a cell needs is there: the encoder of a task, what chooses the setting of a pre-training."""
+        return all(self.book.mark(needed).is_file() for needed in self.sweep.needs(cell))
 
     def one(self, cell: Cell) -> str:
         """Run a cell's commands; return why it failed, or nothing."""
@@ -246,6 +250,10 @@ def _show(sweep: Sweep, book: Book) -> None:
     if not done:
         return
     path = book.write_table(sweep)
+    if sweep.tune is not None:
+        console.print(f"tuning, {sweep.tune.told()}:", soft_wrap=True)
+        for _, row in (tried := book.tuned(sweep))[tried["chosen"]].iterrows():
+            console.print(f"  {row['method']}: {row['options']}, {row['figure']} {row['value']:.3f}", soft_wrap=True)
     figures = book.table(sweep)
     pretrained = figures[(figures["task"] == PRETRAIN) & (figures["metric"] == "R_mean")]
     if len(pretrained):

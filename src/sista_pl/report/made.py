@@ -119,6 +119,7 @@ def methods(found: Contents, look: dict[str, Look]) -> str:
         lines.append(line)
     of = ", of those wanted" if swept.complete else ""
     told = f"Cells that are done{of}; each is one seed. Options that a file of the sweep gives stand with their value."
+    told += f" Tuning: {escape(swept.tuning)}." if swept.tuning else ""
     return parts.table(heads, lines) + parts.soft(told) + _data(swept) + _versions(swept) + _commands(swept)
 
 

@@ -14,9 +14,10 @@ import pandas as pd
 import yaml
 
 from sista_pl import runs
+from sista_pl.book import Book
 from sista_pl.errors import SistaError
 from sista_pl.stored import PREDICTIONS, Run
-from sista_pl.sweep import PRETRAIN, Book, Cell, Sweep, read_sweep
+from sista_pl.sweep import PRETRAIN, Cell, Sweep, read_sweep
 
 PLAN, SCHEMA = "sweep.json", 1
 OWN = ("--name", "--run_root", "--seed_everything", "--data.label_fraction", "--data.fraction_seed", "--model.weights")
@@ -25,7 +26,8 @@ OWN = ("--name", "--run_root", "--seed_everything", "--data.label_fraction", "--
 def write_plan(root: Path, sweep: Sweep) -> Path:
     """Keep beside a sweep's runs which cells it wants, so that a report knows what is missing."""
     told = {"schema": SCHEMA, "name": sweep.name, "reference": sweep.reference,
-            "cells": [asdict(cell) for cell in sweep.cells()]}  # fmt: skip
+            "tuning": sweep.tune.told() if sweep.tune is not None else "",
+            "cells": [asdict(cell) for cell in sweep.cells() if cell.setting is None]}  # fmt: skip
     partial = root / f".{PLAN}.{os.getpid()}.partial"  # tasks of an array job write it, too
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,7 @@ class Swept:
         wanted: its cells, each pre-training before its tasks.
         reference: the method that the others are set against, or None where the folder doesn't say.
         complete: whether `wanted` are all cells of the sweep; else it is those that are known to be done.
+        tuning: the budget that each method was tuned with, in a line; empty where none was.
     """
 
     root: Path
@@ -53,6 +56,7 @@ class Swept:
     wanted: list[Cell]
     reference: str | None = None
     complete: bool = True
+    tuning: str = ""
 
     @classmethod
     def open(cls, root: Path, config: str | None = None) -> Swept:
@@ -69,11 +73,13 @@ class Swept:
             raise SistaError(f"report: {root}: no such folder; give that of a sweep, as sweeps/NAME")
         if config is not None:
             sweep = read_sweep(config)
-            return cls(root, sweep.name, sweep.cells(), sweep.reference)
+            wanted = [cell for cell in sweep.cells() if cell.setting is None]
+            return cls(root, sweep.name, wanted, sweep.reference, tuning=sweep.tune.told() if sweep.tune else "")
         try:
             if (root / PLAN).is_file():
                 told = json.loads((root / PLAN).read_text(encoding="utf-8"))
-                return cls(root, told["name"], [Cell(**cell) for cell in told["cells"]], told["reference"])
+                wanted = [Cell(**cell) for cell in told["cells"]]
+                return cls(root, told["name"], wanted, told["reference"], tuning=told.get("tuning", ""))
             if (root / "figures.csv").is_file():
                 return cls(root, root.resolve().name, _told(root / "figures.csv"), complete=False)
         except (OSError, ValueError, KeyError, TypeError) as why:

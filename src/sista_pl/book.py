@@ -1,0 +1,123 @@
+"""What a sweep has done so far, in its folder.
+
+A cell's run lies where `sista fit --name CELL` puts it, and a mark beside the runs says that it is done, so that a
+sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import pandas as pd
+
+from sista_pl import runs
+from sista_pl.errors import SistaError
+from sista_pl.sweep import PRETRAIN, Cell, Sweep
+
+
+@dataclass(frozen=True)
+class Book:
+    """What a sweep has done so far, in its folder.
+
+    Args:
+        root: the sweep's folder: `runs/`, `logs/`, `done/`, `cells.csv`.
+    """
+
+    root: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def log(self, cell: Cell) -> Path:
+        return self.root / "logs" / f"{cell.name}.log"
+
+    def mark(self, cell: Cell) -> Path:
+        return self.root / "done" / f"{cell.name}.json"
+
+    def done(self, sweep: Sweep, cell: Cell) -> bool:
+        """Return whether a cell is done, by the commands that the sweep has for it now.
+
+        Raises:
+            SistaError: it was made by other commands.
+        """
+        mark = self.mark(cell)
+        if not mark.is_file():
+            return False
+        made, wanted = json.loads(mark.read_text())["commands"], self.recorded(sweep, cell)
+        if made != wanted:
+            odd = next((pair for pair in zip(chain(*made), chain(*wanted), strict=False) if pair[0] != pair[1]), None)
+            told = f" ({odd[0]} there, {odd[1]} now)" if odd else ""
+            raise SistaError(
+                f"sweep: {cell.name} in {self.root} was made by another command{told}; give another --out, or delete "
+                f"{mark} and {self.runs / cell.name} to make it again"
+            )
+        return True
+
+    def recorded(self, sweep: Sweep, cell: Cell) -> list[list[str]]:
+        """Return a cell's commands as a mark keeps them: wherever the sweep's folder lies, and however it is called."""
+        here = str(self.root)
+        return [[word.replace(here, "OUT") for word in command] for command in sweep.commands(cell, self.runs)]
+
+    def finish(self, sweep: Sweep, cell: Cell, seconds: float) -> None:
+        """Mark a cell as done."""
+        mark = self.mark(cell)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        told = {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)}
+        partial = mark.with_suffix(".partial")
+        partial.write_text(json.dumps(told, indent=2) + "\n")
+        partial.replace(mark)
+
+    def table(self, sweep: Sweep) -> pd.DataFrame:
+        """Return a row for each cell and figure of its test: method, task, fraction, seed, metric, value, low, high.
+
+        `predictions` is the file, relative to the sweep's folder, that the figures of a task were computed on.
+        """
+        rows = []
+        for cell in sweep.cells():
+            if cell.setting is not None or not self.mark(cell).is_file():
+                continue
+            test = max(run / "test" for run in runs.runs_of(self.runs, cell.name) if (run / "test").is_dir())
+            told = json.loads((test / "metrics.json").read_text())
+            predictions = test / "predictions.parquet"
+            for metric, figure in told["intervals"].items():
+                low, high = figure["interval95"] or (None, None)
+                rows.append({
+                    "method": cell.method, "task": cell.task or PRETRAIN, "fraction": cell.fraction, "seed": cell.seed,
+                    "metric": metric.removeprefix("test/"), "value": figure["value"], "low": low, "high": high,
+                    "predictions": predictions.relative_to(self.root).as_posix() if predictions.is_file() else None,
+                })  # fmt: skip
+        columns = ["method", "task", "fraction", "seed", "metric", "value", "low", "high", "predictions"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def tuned(self, sweep: Sweep) -> pd.DataFrame:
+        """Return a row for each setting that was tried: method, setting, options, figure, value, chosen."""
+        rows = []
+        for method in sweep.methods:
+            cells = sweep.tuning(method)
+            if cells and all(self.mark(cell).is_file() for cell in cells):
+                chosen = sweep.chosen(method, self.runs)
+                for k, (figure, value) in sweep.scores(method, self.runs).items():
+                    assert sweep.tune is not None
+                    tried = sweep.tune.settings[k]
+                    rows.append((method, k, json.dumps(tried), figure, value, tried == chosen))
+        return pd.DataFrame(rows, columns=["method", "setting", "options", "figure", "value", "chosen"])
+
+    def write_table(self, sweep: Sweep) -> Path:
+        """Write `figures.csv`, all figures, and `cells.csv`, a line a cell with predictions, for `sista compare`.
+
+        Where there is something to tune, `tuning.csv` says what was tried, and what was chosen.
+        """
+        table = self.table(sweep)
+        tested = table.dropna(subset="predictions")[["method", "task", "fraction", "seed", "predictions"]]
+        frames = [("figures.csv", table), ("cells.csv", tested.drop_duplicates())]
+        frames += [("tuning.csv", self.tuned(sweep))] if sweep.tune is not None else []
+        for name, frame in frames:
+            partial = self.root / f".{name}.{os.getpid()}.partial"  # tasks of an array job write it, too
+            frame.to_csv(partial, index=False)
+            partial.replace(self.root / name)
+        return self.root / "cells.csv"

@@ -123,14 +123,18 @@ def slow_within(pair, repeated_words="merge", skip=False, reduction="report", **
     return mean_loss(losses, reduction)
 
 
-def slow_batch(pair, repeated_words="merge", skip=True, reduction="report", size=32, **group) -> Tensor:
+def slow_batch(pair, repeated_words="merge", skip=True, reduction="report", context="own", size=32, **group) -> Tensor:
     images, losses = pair.image.local, []
-    for i, words in enumerate(chosen(pair, skip)):
-        if repeated_words == "merge":
-            words = merged(words)
+    reports = [merged(words) if repeated_words == "merge" else words for words in chosen(pair, skip)]
+    for i, words in enumerate(reports):
         members = range(i - i % size, min(i - i % size + size, len(images)))
         losses.append([])
         for name, vector in words:
+            if context == "others":
+                same = [v for j in members if j != i for other, v in reports[j] if other == name]
+                if not same:
+                    continue
+                vector = sum(same) / len(same)
             open_images = [j for j in members if j == i or name not in pair.text.ids[j].tolist()]
             logits = [cosine(vector, slow_group(vector, list(images[j]), **group)) / 0.1 for j in open_images]
             losses[-1].append(cross_entropy(logits, [float(j == i) for j in open_images]))
@@ -177,6 +181,30 @@ def test_equals_slow_loop(options, skip, way):
     right = slow.detach(), *torch.autograd.grad(slow, [pair.image.local, pair.text.local])
     for ours, one in zip(gradients(spec, pair), right, strict=True):
         torch.testing.assert_close(ours, one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"similarity": "cosine"}, {"reduction": "word"}, SPARSITIES["topk"]])
+@pytest.mark.parametrize("group", [3, 32])
+@pytest.mark.parametrize("skip", [False, True])
+def test_words_of_the_other_reports_equal_slow_loop(options, group, skip):
+    """Loss and gradient where a word stands for what the other reports mean by it."""
+    pair = make_pair()
+    spec = {"name": "sta", "negatives": "batch", "context": "others", "group": group, **options}
+    spec |= {"skip_negated": skip, "skip_stop_words": skip}
+    slow = slow_batch(pair, skip=skip, context="others", size=group, **options)
+    right = slow.detach(), *torch.autograd.grad(slow, [pair.image.local, pair.text.local])
+    for ours, one in zip(gradients(spec, pair), right, strict=True):
+        torch.testing.assert_close(ours, one, rtol=0, atol=1e-10)
+
+
+def test_a_word_of_one_report_alone_has_no_loss_where_the_others_speak_for_it():
+    pair = make_pair([[HEART, LUNG], [EDEMA], [LUNG, LEFT]])
+    loss, logs = LOSSES.build({"name": "sta", "negatives": "batch", "context": "others"})(pair)
+    assert logs["words"].item() == pytest.approx(2 / 3)
+    gradient = torch.autograd.grad(loss, pair.text.local)[0].abs().sum(2)
+    assert (gradient > 0).tolist() == [[False, True], [False, False], [True, False]]
+    alone = make_pair([[HEART, LUNG], [EDEMA]])
+    assert LOSSES.build({"name": "sta", "negatives": "batch", "context": "others"})(alone)[0].item() == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
@@ -503,6 +531,8 @@ def test_learns_which_words_a_patch_shows():
         ({"skip_negated": "yes"}, "true or false"),
         ({"similarity": "cosin"}, "did you mean cosine"),
         ({"reduction": "sum"}, "known: report, word"),
+        ({"negatives": "batch", "context": "other"}, "did you mean others"),
+        ({"context": "others"}, "it goes with `negatives: batch, repeated_words: merge`"),
     ],
 )
 def test_wrong_arguments_are_one_line(options, says):

@@ -36,6 +36,12 @@ def siim_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def object_store(tmp_path_factory) -> Path:
+    """The prepared store of 150 studies in the layout of Object-CXR, at 64 px."""
+    return _store("object_cxr", 150, tmp_path_factory.mktemp("object_cxr"))
+
+
+@pytest.fixture(scope="session")
 def pretrained(tmp_path_factory) -> Path:
     """A checkpoint of pre-training as it begins, on images of 48 px: both encoders, both heads, a tokenizer."""
     import torch

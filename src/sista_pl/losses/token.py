@@ -103,6 +103,10 @@ class SparseTokenAlignment(nn.Module):
         similarity: `inner` product of the tokens as they are (SPARC) or `cosine`, for the weights.
         reduction: `report` takes the mean over the words of a report, then over reports with words; `word` over all
             words. For `patch_to_word` they are the same: all images have as many patches.
+        context: whose embedding of a word is compared, of `batch` alone. `own`: of its report, which holds some of the
+            report's other words, so that a word may win by the most visible of them. `others`: the mean over the other
+            reports of the group with that word, which holds what these have in common; a word that no other report of
+            the group has is left out.
         shuffled: a negative control, not for use: each image is given the words of the previous report of the rank's
             batch, so that nothing about its content can be learned. Needs at least two pairs a rank.
 
@@ -129,6 +133,7 @@ class SparseTokenAlignment(nn.Module):
         group: int = 32,
         similarity: str = "inner",
         reduction: str = "report",
+        context: str = "own",
         shuffled: bool = False,
     ):
         super().__init__()
@@ -152,6 +157,9 @@ class SparseTokenAlignment(nn.Module):
         usual = 0.1 if self.cosine else 10.0
         self.sparse = weighting("sta", sparsity, sigma, top, sparsity_temperature, usual)
         self.reduction = choice("sta", "reduction", reduction, ("report", "word"))
+        self.others = choice("sta", "context", context, ("own", "others")) == "others"
+        if self.others and not (in_batch and self.merge):
+            raise SistaError("loss 'sta': context is 'others'; it goes with `negatives: batch, repeated_words: merge`")
         self.shuffled = switch("sta", "shuffled", shuffled)
         self.stop_ids: Tensor
         self.register_buffer("stop_ids", torch.tensor(sorted(map(word_id, STOP_WORDS))), persistent=False)
@@ -176,10 +184,11 @@ class SparseTokenAlignment(nn.Module):
         else:
             words = self._unique(words) if self.merge else words
             spans = range(0, len(patches), self.group)
-            groups = [
-                self._across(Words(*(x[i : i + self.group] for x in words)), patches[i : i + self.group]) for i in spans
-            ]
-            found = Alignment(*(torch.cat(parts) for parts in zip(*groups, strict=True)))  # B L
+            parts = [Words(*(x[i : i + self.group] for x in words)) for i in spans]
+            parts = [_from_others(part) for part in parts] if self.others else parts
+            words = words._replace(used=torch.cat([part.used for part in parts]))
+            groups = [self._across(part, patches[i : i + self.group]) for part, i in zip(parts, spans, strict=True)]
+            found = Alignment(*(torch.cat(each) for each in zip(*groups, strict=True)))  # B L
         count = words.used.sum()
         contested = words.used & found.contested
         return self._reduce(found.loss, words.used), {
@@ -288,6 +297,18 @@ class SparseTokenAlignment(nn.Module):
             return global_mean(loss, used)
         count = used.sum(1)  # B
         return global_mean((loss * used).sum(1) / count.clamp_min(1), count > 0)
+
+
+def _from_others(words: Words) -> Words:
+    """Give each word the mean of its embeddings in the other reports; a word of one report alone is left out."""
+    used, local = words.used, words.local[words.used]  # n D
+    _, place, count = words.ids[used].unique(return_inverse=True, return_counts=True)
+    total = local.new_zeros(len(count), local.shape[1]).index_add(0, place, local)
+    count = count[place]  # n, reports that have the word
+    others = (total[place] - local) / (count - 1).clamp_min(1).unsqueeze(1)
+    rows = used.unsqueeze(2).expand_as(words.local)
+    shared = used.new_zeros(used.shape).masked_scatter(used, count > 1)
+    return Words(words.local.masked_scatter(rows, others), words.ids, used & shared)
 
 
 def _same(words: Words) -> Tensor:

@@ -33,34 +33,72 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, phantom_store):
+    """The weights of the uninterrupted run, which no number of workers changes."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(phantom_store), cwd=folder, env=environment(folder), check=True, capture_output=True)
+    return weights(folder)
+
+
+def stop(argv: list[str], folder: Path, number: signal.Signals, ready, **more: str) -> subprocess.Popen:
+    """Run a command, send its group the signal once `ready(last.ckpt)`, and return the process, which has ended."""
+    with (folder / "log").open("w") as log:
+        victim = subprocess.Popen(argv, cwd=folder, env=environment(folder) | more, stdout=log, stderr=log,
+                                  start_new_session=True)  # fmt: skip
+        last = folder / "runs" / "pretrain" / "0001" / "checkpoints" / "last.ckpt"
+        while victim.poll() is None and not ready(last):
+            time.sleep(0.01)
+        assert victim.poll() is None, "the run ended before it could be stopped"
+        os.killpg(victim.pid, number)
+        victim.wait()
+    return victim
+
+
+def assert_equal(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_kill_and_resume_equal_the_uninterrupted_run(tmp_path, phantom_store, workers):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir(), cut.mkdir()
-    more = ["--data.num_workers", workers]
-    subprocess.run(command(phantom_store, *more), cwd=whole, env=environment(whole), check=True, capture_output=True)
-
-    victim = subprocess.Popen(
-        command(phantom_store, *more), cwd=cut, env=environment(cut), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+def test_kill_and_resume_equal_the_uninterrupted_run(tmp_path, phantom_store, whole, workers):
+    cut, more = tmp_path, ["--data.num_workers", workers]
+    stop(command(phantom_store, *more), cut, signal.SIGKILL, _past_mid_epoch)
     last = cut / "runs" / "pretrain" / "0001" / "checkpoints" / "last.ckpt"
-    while victim.poll() is None and not _past_mid_epoch(last):
-        time.sleep(0.01)
-    assert victim.poll() is None, "the run ended before it could be killed"
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
     loops = torch.load(last, weights_only=True)["loops"]["fit_loop"]
     assert loops["epoch_loop.batch_progress"]["current"]["completed"] % 7, "killed in mid-epoch"
 
     resumed = command(phantom_store, *more, "--ckpt_path", "last")
     subprocess.run(resumed, cwd=cut, env=environment(cut), check=True, capture_output=True)
     assert not (cut / "runs" / "pretrain" / "0002").exists(), "it goes on in its own folder"
-    expected, got = weights(whole), weights(cut)
-    assert expected.keys() == got.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, got[name]), name
+    assert_equal(whole, weights(cut))
+
+
+# what srun gives a job of one task; Lightning takes its ranks from it, and would write a checkpoint of its own
+SLURM = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1",
+         "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "sista"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "job"), [(signal.SIGTERM, {}), (signal.SIGUSR1, SLURM)], ids=["TERM", "USR1"])
+def test_a_preempted_run_saves_its_last_step_and_the_same_command_goes_on(tmp_path, phantom_store, whole, number, job):
+    trainer = ["--trainer", "trainer/slurm.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "1",
+               "--trainer.strategy", "auto", "--trainer.max_epochs", "3"] if job else []  # fmt: skip
+    # no checkpoint but an epoch's: what is found in mid-epoch was saved by the signal
+    argv = command(phantom_store, *trainer, "--checkpoint_every", "1000", "--ckpt_path", "auto")
+    victim = stop(argv, tmp_path, number, Path.is_file, **job)
+    assert victim.returncode == 128 + number, (tmp_path / "log").read_text()
+    assert f"{number.name}: saved" in (tmp_path / "log").read_text()
+    last = tmp_path / "runs" / "pretrain" / "0001" / "checkpoints" / "last.ckpt"
+    loops = torch.load(last, weights_only=True)["loops"]["fit_loop"]
+    assert loops["epoch_loop.batch_progress"]["current"]["processed"] % 7, "saved in mid-epoch"
+    assert not list(tmp_path.glob("hpc_ckpt*"))
+
+    subprocess.run(argv, cwd=tmp_path, env=environment(tmp_path) | job, check=True, capture_output=True)
+    assert_equal(whole, weights(tmp_path))
+    assert [p.name for p in (tmp_path / "runs" / "pretrain").iterdir()] == ["0001"]
 
 
 @pytest.mark.slow

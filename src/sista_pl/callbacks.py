@@ -39,7 +39,7 @@ class RunFolder(Callback):
         self.path: Path | None = None
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
-        trainer.sista_privacy = self.privacy
+        trainer.sista_privacy, trainer.sista_id_key = self.privacy, self.root / ".id_key"
         store = getattr(trainer.datamodule, "store", None)
         if store is not None and store.phantom and trainer.is_global_zero:
             Console(stderr=True).print(f"[bold yellow]{PHANTOM}[/]")

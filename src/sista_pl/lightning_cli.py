@@ -27,8 +27,9 @@ from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its
 from sista_pl.data.transfer import TransferDataModule  # noqa: F401
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.precision import usual_precision
+from sista_pl.preemption import Preemption
 from sista_pl.task import BaseTask
-from sista_pl.tracking import check_destination, open_store
+from sista_pl.tracking import PRIVACY, check_artifacts, check_logger, default_privacy, open_store
 
 LOGGER = {
     "class_path": "pytorch_lightning.loggers.MLFlowLogger",
@@ -142,8 +143,9 @@ class SistaCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="of the run; default: the configuration's")
         parser.add_argument("--run_root", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
-            "--privacy", type=Literal["local_only", "allow_patient_data"], default="local_only",
-            help="whether pictures and report texts may go to a tracker on another machine",
+            "--privacy", type=Literal[PRIVACY], default=default_privacy(),
+            help="whether pictures and report texts may go to a tracker on another machine; default: what the "
+            "environment's SISTA_PRIVACY says, else local_only",
         )  # fmt: skip
         parser.add_argument(
             "--checkpoint_every", type=int, default=100, help="training steps between two last.ckpt, to resume from"
@@ -161,6 +163,9 @@ class SistaCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.run_name = config.name or _first_config(sys.argv[1:])
         root, wanted = Path(config.run_root), config.get("ckpt_path")
+        if self.subcommand == "fit" and wanted == "auto":
+            wanted = "last" if runs.unfinished(root, self.run_name) else None
+            config.ckpt_path = wanted
         self.resumed: Path | None = None
         if not self._trains(config):
             if wanted is not None:
@@ -174,7 +179,10 @@ class SistaCLI(LightningCLI):
             config.ckpt_path = str(runs.find_checkpoint(root, self.run_name, which))
             print(f"checkpoint: {config.ckpt_path}")
         elif not Path(wanted).is_file():
-            raise SistaError(f"--ckpt_path {wanted}: no such file; write best, last, or a file of `sista list runs`")
+            raise SistaError(
+                f"--ckpt_path {wanted}: no such file; write best, last, or a file of `sista list runs`; of fit, auto "
+                "goes on where a run was stopped"
+            )
         if config.ckpt_path is not None:
             from sista_pl.weights import read_checkpoint
 
@@ -213,17 +221,22 @@ class SistaCLI(LightningCLI):
 
     def _check_tracking(self, config: Any) -> None:
         """Refuse a tracker elsewhere, and let a resumed or tested run go on in its own MLflow run."""
-        logger = config.trainer.logger
-        if not getattr(logger, "class_path", "").endswith("MLFlowLogger"):
+        given = config.trainer.logger
+        loggers = given if isinstance(given, list) else [given]
+        for logger in loggers:
+            if hasattr(logger, "class_path"):
+                check_logger(logger.class_path, logger.init_args, config.privacy)
+        if not getattr(loggers[0] if loggers else None, "class_path", "").endswith("MLFlowLogger"):
             return
-        check_destination(logger.init_args.tracking_uri, config.privacy)
+        place = loggers[0].init_args
         path = self.resumed / "mlflow_run_id" if self.resumed else None
         if path is not None and path.is_file():
-            logger.init_args.run_id = path.read_text().strip()
-        elif logger.init_args.get("run_name") is None:
-            logger.init_args.run_name = self.run_name
-        place = logger.init_args
+            place.run_id = path.read_text().strip()
+        elif place.get("run_name") is None:
+            place.run_name = self.run_name
         open_store(place.tracking_uri, place.experiment_name, place.get("artifact_location"))
+        if self.subcommand != "predict":  # which logs nothing
+            check_artifacts(place.tracking_uri, place.experiment_name, place.get("run_id"), config.privacy)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
@@ -236,6 +249,7 @@ class SistaCLI(LightningCLI):
                 ModelCheckpoint(filename="best", monitor=self.model.monitor, mode=self.model.mode, **common),
                 ModelCheckpoint(filename="last", every_n_train_steps=config.checkpoint_every, **common),
                 ModelCheckpoint(filename="last", every_n_epochs=1, **common),
+                Preemption(),
             ]
         callbacks += self.model.callbacks()
         if self.resumed is not None:  # the run has its parameters, and MLflow refuses other values of them

@@ -40,6 +40,12 @@ def find_checkpoint(root: Path, name: str, which: str) -> Path:
     )
 
 
+def unfinished(root: Path, name: str) -> bool:
+    """Return whether the newest run of a configuration was stopped and left a checkpoint to go on from."""
+    newest = runs_of(root, name)[-1:]
+    return any((run / CHECKPOINTS / "last.ckpt").is_file() and not (run / "metrics.json").is_file() for run in newest)
+
+
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder that a checkpoint belongs to, or None where it lies elsewhere."""
     folder = checkpoint.resolve().parent

@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--register", metavar="NAME", help="mlflow: register the model under this name")
     parser.add_argument("--alias", metavar="ALIAS", help="mlflow: of the registered version (default: champion)")
     parser.add_argument(
-        "--privacy", choices=("local_only", "allow_patient_data"), default="local_only",
-        help="whether a tracker on another machine may be used (default: local_only)",
+        "--privacy", choices=("local_only", "allow_patient_data"),
+        help="whether a tracker on another machine may be used (default: SISTA_PRIVACY, else local_only)",
     )  # fmt: skip
     options = parser.parse_args(argv)
     if options.register is not None and options.to != "mlflow":
@@ -71,7 +71,9 @@ def main(argv: list[str]) -> int:
     register = None
     if options.register is not None:
         alias = "champion" if options.alias is None else options.alias
-        register = {"name": options.register, "alias": alias, "privacy": options.privacy}
+        from sista_pl.tracking import default_privacy
+
+        register = {"name": options.register, "alias": alias, "privacy": options.privacy or default_privacy()}
 
     from sista_pl.export import export
 

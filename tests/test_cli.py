@@ -18,18 +18,46 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
+LIGHT = ["torch", "pytorch_lightning", "mlflow", "numpy", "pandas", "timm"]
+
+
 @pytest.mark.parametrize(
-    "argv", [["list", "tasks"], ["list", "configs"], ["list", "datasets"], ["--help"], ["--version"]]
+    ("argv", "absent"),
+    [
+        (["list"], LIGHT),
+        (["list", "tasks"], LIGHT),
+        (["list", "configs"], LIGHT),
+        (["list", "datasets"], LIGHT),
+        (["--help"], LIGHT),
+        (["--version"], LIGHT),
+        # its own ratio: `sista bench startup`
+        (["list", "losses"], ["pytorch_lightning", "mlflow", "timm", "torchvision", "transformers"]),
+        pytest.param(["list", "encoders"], ["pytorch_lightning", "mlflow"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
-def test_light_verbs_import_neither_lightning_nor_torch(argv):
+def test_light_verbs_do_not_import_what_is_heavy(argv, absent):
     code = (
-        "import sys; from sista_pl.cli import main; code = main(sys.argv[1:]); "
-        "heavy = [m for m in ('torch', 'pytorch_lightning', 'mlflow') if m in sys.modules]; "
+        "import sys; from sista_pl.cli import main; code = main(sys.argv[2:]); "
+        "heavy = [m for m in sys.argv[1].split() if m in sys.modules]; "
         "assert not heavy, heavy; sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, " ".join(absent), *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_what_is_found_in_the_source_is_what_is_registered():
+    from sista_pl.data.formats import READERS
+    from sista_pl.found import registered
+    from sista_pl.losses import LOSSES
+    from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS
+
+    for name, registry in {
+        "READERS": READERS, "LOSSES": LOSSES, "IMAGE_ENCODERS": IMAGE_ENCODERS, "TEXT_ENCODERS": TEXT_ENCODERS,
+    }.items():  # fmt: skip
+        own = [key for key in registry if registry[key].__module__.startswith("sista_pl.")]
+        assert registered(name) == [(key, registry[key].__doc__.strip().splitlines()[0]) for key in own]
 
 
 def test_python_m_is_the_command():

@@ -37,11 +37,13 @@ def blocks(text, language):
 
 
 def commands(block):
-    """Return the arguments of each `sista` command of a shell block, of torchrun's, too."""
+    """Return the arguments of each `sista` command of a shell block, of torchrun's and srun's, too."""
     found = []
     for line in block.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|\|", re.sub(r"\$\w+", "0", line)):
             words = shlex.split(part, comments=True)
+            if words[:1] == ["srun"]:
+                words = words[1:]
             if words[:1] == ["torchrun"]:
                 assert "sista_pl" in words, line
                 words = ["sista", *words[words.index("sista_pl") + 1 :]]
@@ -137,6 +139,7 @@ def test_every_command_is_understood(path, mistake):
         ("sista fit --config pretrain.yaml --trainer trainer/dpp.yaml", "did you mean trainer/ddp.yaml"),
         ("sista fit --config pretrain.yaml --model.weight FILE", "weight"),
         ("torchrun -m sista_pl fit --config pretrain.yaml \\\n  --trainer.node 2", "node"),
+        ("srun sista fit --config pretrain.yaml --trainer trainer/slurm.yml", "slurm"),
         ("sista predict --config seg_siim.yaml --data.input FOLDER", "did you mean inputs"),
         ("sista data prepare chexprt --root R --out M", "did you mean chexpert"),
         ("sista data prepare chexpert --rot R --out M", "--root"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -74,3 +74,16 @@ def global_mean(values: Tensor, weight: Tensor) -> Tensor:
     weight = weight.to(values.dtype)
     total = all_sum(weight.sum().detach())
     return world_size() * (values * weight).sum() / total.clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def make_shardable(model: nn.Module) -> None:
+    """Make of a model what torch's FSDP can shard, in place: it takes no scalar parameters, which get one dimension.
+
+    A parameter is remembered to be a matrix, as `matrix`, for a shard of it is flat and weight decay asks.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 0:
+                parameter = nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
+                setattr(module, name, parameter)
+            parameter.matrix = parameter.ndim > 1

@@ -17,7 +17,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (decay if parameter.ndim > 1 else rest).append(parameter)
+            (decay if getattr(parameter, "matrix", parameter.ndim > 1) else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -10,19 +10,23 @@ from sista_pl import plugins
 from sista_pl.errors import SistaError, did_you_mean
 
 
-def folders() -> list[Path]:
-    """Return the folders of packaged configurations: our own, then `configs` of each plug-in's package.
-
-    The plug-ins are found, not imported.
-    """
-    found = [Path(str(files("sista_pl.configs")))]
+def plugin_folders() -> list[Path]:
+    """Return the folders of the plug-ins' packages; they are found, not imported."""
+    found: list[Path] = []
     entries = [*plugins.task_entries().values(), *plugins.plugin_entries().values()]
     for package in dict.fromkeys(entry.module.split(".")[0] for entry in entries):
         spec = find_spec(package)
-        for place in (spec.submodule_search_locations or []) if spec is not None else []:
-            folder = Path(place) / "configs"
-            if folder.is_dir() and folder.resolve() not in [known.resolve() for known in found]:
-                found.append(folder)
+        found += map(Path, (spec.submodule_search_locations or []) if spec is not None else [])
+    return found
+
+
+def folders() -> list[Path]:
+    """Return the folders of packaged configurations: our own, then `configs` of each plug-in's package."""
+    found = [Path(str(files("sista_pl.configs")))]
+    for place in plugin_folders():
+        folder = place / "configs"
+        if folder.is_dir() and folder.resolve() not in [known.resolve() for known in found]:
+            found.append(folder)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.strategies import FSDPStrategy
 
 from sista_pl import tracking
 from sista_pl.callbacks import PHANTOM, RunFolder
@@ -32,13 +33,15 @@ class WordMapPicture(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, task) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or not task.needs_tokens or trainer.state.fn != "fit":
             return
+        if isinstance(trainer.strategy, FSDPStrategy):  # this rank alone has but a share of the parameters
+            return
         data = trainer.datamodule
         transform = transforms.build(data.size, data.crop, train=False)
         rows, maps = self._rows(data), []
         tokens = task.tokens.batch([int(data.report_ids[row]) for row in rows])
         images = transforms.normalise(transform(torch.from_numpy(data.store.images(rows))[:, None]))
         words = task.encode_text({k: v.to(task.device) for k, v in tokens.items()})
-        patches = task.encode_image(images.to(task.device))
+        patches = task.encode_image(images.to(task.device, task.dtype))
         similarity = torch.nn.functional.normalize(words.local.float(), dim=-1) @ torch.nn.functional.normalize(
             patches.local.float(), dim=-1
         ).transpose(1, 2)  # B L P

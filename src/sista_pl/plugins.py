@@ -37,6 +37,14 @@ def load_modules() -> None:
         _load(entry)
 
 
+def load_others() -> None:
+    """Import what other packages bring: our own tasks register neither loss nor encoder, and would bring Lightning."""
+    load_modules()
+    for entry in task_entries().values():
+        if entry.module.split(".")[0] not in ("sista_pl", "sista_tasks"):
+            _load(entry)
+
+
 def _load(entry: EntryPoint) -> Any:
     try:
         return entry.load()

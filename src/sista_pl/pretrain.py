@@ -147,7 +147,7 @@ class PretrainTask(BaseTask):
 
     def scale(self) -> Tensor:
         """Return s = exp(s'), at most 100."""
-        return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp().squeeze()  # one dimension under FSDP
 
     def encode_image(self, image: Tensor) -> Features:
         """(B, 1, H, W) → joint-space features."""

@@ -10,10 +10,12 @@ from typing import Any
 import pandas as pd
 import torch
 from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from sista_pl import optim
+from sista_pl.distributed import make_shardable
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
 from sista_pl.registry import Spec
@@ -77,6 +79,11 @@ class BaseTask(LightningModule):
         self.configure_models()
         self.configure_losses()
         self.configure_metrics()
+
+    def configure_model(self) -> None:
+        """Called by Lightning before its strategy wraps the model."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            make_shardable(self)
 
     def configure_models(self) -> None:
         """Build encoders and heads as attributes."""

@@ -24,6 +24,8 @@ def test_nonsense_is_refused(capsys):
     assert "at least 2 pairs" in capsys.readouterr().err
     assert main(["bench", "data", "--size", "64", "--crop", "65"]) == 2
     assert "a crop of at most the size" in capsys.readouterr().err
+    assert main(["bench", "growth", "--batch-sizes", "8"]) == 2
+    assert "two batch sizes" in capsys.readouterr().err
 
 
 def test_losses_in_blocks_and_whole_agree_and_their_memory_is_told(tmp_path, capsys):
@@ -63,3 +65,66 @@ def test_probe_counts_the_passes_of_both_sides(tmp_path, capsys):
     assert figures["largest_difference"] < 1e-5
     assert "times fewer passes" in capsys.readouterr().out
     assert main(["bench", "probe", "--images", "50"]) == 2
+
+
+def test_startup_prints_ratios_and_names_what_is_over_its_bound(tmp_path, capsys, monkeypatch):
+    from sista_pl.commands import bench_startup
+
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(bench_startup, "BOUNDS", {"--version": 1e-9, "--help": 1e9})
+    monkeypatch.setattr(bench_startup, "IMPORT", "import of json")
+    monkeypatch.setattr(bench_startup, "IMPORTED", "json")
+    assert main(["bench", "startup", "--rounds", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["figures"]
+    assert set(figures) == {"--version", "--help"}
+    assert figures["--help"]["cpu_ratio"]["median"] > 0
+    out = capsys.readouterr().out
+    assert "over its bound: sista --version" in out
+    assert "over its bound: sista --help" not in out
+
+
+def test_a_command_that_fails_is_no_time(capsys, monkeypatch):
+    from sista_pl.commands import bench_startup
+
+    monkeypatch.setattr(bench_startup, "BOUNDS", {"lst": 1.0})
+    monkeypatch.setattr(bench_startup, "IMPORTED", "json")
+    assert main(["bench", "startup", "--rounds", "1"]) == 2
+    assert "did you mean list" in capsys.readouterr().err
+
+
+def test_opening_a_store_is_measured_at_each_size(tmp_path):
+    from sista_pl.commands import bench_growth
+    from sista_pl.data.store import Store
+
+    store = Store.open(bench_growth.hollow_store(tmp_path / "hollow", 5000))
+    assert len(store) == 5000 == len(store.manifest)
+    assert store.image(4999).max() == 0
+    assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "hollow").iterdir()) < 2**20, "holes take no room"
+    found = bench_growth.opening([10], rounds=1)
+    assert found[10].keys() == {"open", "read", "bytes", "manifest", "manifest_bytes"}
+
+
+@pytest.mark.slow
+def test_growth_tells_of_step_store_and_memory(tmp_path, capsys):
+    path, picture = tmp_path / "bench.json", tmp_path / "growth.png"
+    options = [
+        "--image-size",
+        "32",
+        "--batch-sizes",
+        "2",
+        "4",
+        "--rows",
+        "10",
+        "5000",
+        "--rounds",
+        "1",
+        "--epochs",
+        "3",
+    ]
+    assert main(["bench", "growth", *options, "--json", str(path), "--picture", str(picture)]) == 0
+    figures = json.loads(path.read_text())
+    assert set(figures["step"]["seconds"]) == {"2", "4"}
+    assert len(figures["memory"]["bytes"]) == 3
+    assert figures["memory"]["ratio"] < 1.5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "memory after epoch 3" in capsys.readouterr().out

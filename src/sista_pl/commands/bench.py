@@ -19,6 +19,8 @@ examples:
   sista bench loss --pairs 16384
   sista bench data --images 8 --size 256
   sista bench probe --image-encoder resnet50 --image-size 224 --images 200
+  sista bench startup --rounds 5
+  sista bench growth --picture growth.png
 """
 
 
@@ -49,7 +51,21 @@ def main(argv: list[str]) -> int:
     probe.add_argument("--epochs", type=int, default=10, help="of each of the nine fits (default: %(default)s)")
     probe.set_defaults(run=_bench_probe, rounds=1)
     probe.add_argument("--json", type=Path, help="also write the figures to this file")
-    for verb in (step, loss, data):
+    startup = verbs.add_parser("startup", help="how long commands take to answer, against an import of Lightning")
+    startup.set_defaults(run=_bench_startup)
+    growth = verbs.add_parser("growth", help="what grows with the batch, the store and the epochs, and what does not")
+    growth.add_argument("--image-encoder", default="resnet10t", help="timm name (default: %(default)s)")
+    growth.add_argument(
+        "--image-size", type=int, default=96, help="side of the images in pixels (default: %(default)s)"
+    )
+    growth.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], metavar="B",
+                        help="pairs a step (default: %(default)s)")  # fmt: skip
+    growth.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], metavar="N",
+                        help="of stores to make; the shards take no room (default: %(default)s)")  # fmt: skip
+    growth.add_argument("--epochs", type=int, default=10, help="of a small training, at least 3 (default: %(default)s)")
+    growth.add_argument("--picture", type=Path, help="also draw the three curves to this PNG")
+    growth.set_defaults(run=_bench_growth)
+    for verb in (step, loss, data, startup, growth):
         verb.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up (default: %(default)s)")
         verb.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
@@ -153,6 +169,62 @@ def _bench_probe(options: argparse.Namespace) -> dict[str, Any]:
     print(f"kept features: {ratios['passes']:.1f} times fewer passes, {ratios['seconds']:.1f} times as fast; "
           f"the layers differ by {found['largest_difference']:.1e} at most")  # fmt: skip
     return found
+
+
+def _bench_startup(options: argparse.Namespace) -> dict[str, Any]:
+    from sista_pl.commands import bench_startup
+
+    wall, cpu = bench_startup.measure(options.rounds)
+    base = bench_startup.IMPORT
+    print(f"{base}: {statistics.median(wall[base]):.2f} s, {statistics.median(cpu[base]):.2f} s of CPU time")
+    print(f"{'fresh process of':<22}{'s':>7}  {'x the import':<24}{'x its CPU time':<24}bound")
+    figures: dict[str, Any] = {}
+    for name, bound in bench_startup.BOUNDS.items():
+        ratios = _ratio(wall[name], wall[base]), _ratio(cpu[name], cpu[base])
+        seconds = statistics.median(wall[name])
+        figures[name] = {"seconds": seconds, "ratio": ratios[0], "cpu_ratio": ratios[1], "bound": bound}
+        told = ["{:.3f} ({:.3f} to {:.3f})".format(r["median"], *r["range"]) for r in ratios]
+        print(f"{'sista ' + name:<22}{seconds:7.2f}  {told[0]:<24}{told[1]:<24}{bound}")
+    for name in bench_startup.over(figures):
+        print(f"over its bound: sista {name}; python -X importtime -m sista_pl {name} shows what it imports")
+    return {"import_seconds": statistics.median(wall[base]), "figures": figures}
+
+
+def _bench_growth(options: argparse.Namespace) -> dict[str, Any]:
+    from sista_pl.commands import bench_growth
+
+    batches, rows = sorted(set(options.batch_sizes)), sorted(set(options.rows))
+    if len(batches) < 2 or batches[0] < 2 or len(rows) < 2 or rows[0] < 1 or options.epochs < 3:
+        raise SistaError("bench: give two batch sizes of at least 2, two numbers of rows, and at least 3 epochs")
+    steps = {b: _steps(options.image_encoder, options.image_size, b)["sia + sta batch"] for b in batches}
+    seconds = _alternate(steps, options.rounds)
+    each = {b: [value / b for value in values] for b, values in seconds.items()}
+    a_pair = _ratio(each[batches[-1]], each[batches[0]])
+    for b in batches:
+        median = statistics.median(seconds[b])
+        print(f"batch {b:>9,}  {1e3 * median:9.1f} ms a step   {1e3 * median / b:7.2f} ms a pair")
+    print(f"time a pair, batch {batches[-1]} against {batches[0]}: {_told(a_pair)}")
+
+    runs = bench_growth.opening(rows, options.rounds)
+    stores = {n: {key: statistics.median(values) for key, values in found.items()} for n, found in runs.items()}
+    for n, found in stores.items():
+        print(f"rows  {n:>9,}  open {1e3 * found['open']:7.2f} ms  +{found['bytes'] / 1e6:6.1f} MB   an image "
+              f"{1e6 * found['read']:7.1f} us   manifest {1e3 * found['manifest']:8.1f} ms  "
+              f"+{found['manifest_bytes'] / 1e6:7.1f} MB")  # fmt: skip
+    opened = _ratio(runs[rows[-1]]["open"], runs[rows[0]]["open"])
+    print(f"opening {rows[-1]:,} rows against {rows[0]:,}: {_told(opened)}, for one file to look at in 4,096 rows")
+
+    bytes_ = bench_growth.training(options.epochs)
+    grown = bytes_[-1] / bytes_[1]
+    print(f"memory after epoch {options.epochs} against after epoch 2: {grown:.3f} times, {bytes_[-1] / 1e6:,.0f} MB")
+    figures: dict[str, Any] = {
+        "step": {"seconds": {b: statistics.median(values) for b, values in seconds.items()}, "a_pair_ratio": a_pair},
+        "store": stores, "open_ratio": opened, "memory": {"bytes": bytes_, "ratio": grown},
+    }  # fmt: skip
+    if options.picture:
+        bench_growth.draw(figures, options.picture)
+        print(f"picture: {options.picture}")
+    return figures
 
 
 def _told(ratio: dict[str, Any]) -> str:

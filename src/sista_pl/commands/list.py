@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sista_pl import packaged, plugins
+from sista_pl import found, packaged, plugins
 from sista_pl.runs import CHECKPOINTS, runs_of
 
+ANY = [
+    ("any timm model", "image: by its name, as resnet50; `sista list encoders --match vit_small` searches"),
+    ("hf:FOLDER_OR_HUB_ID", "image: RAD-DINO, SigLIP, CLIP, ViT, BiomedCLIP and their like"),
+    ("any Hugging Face encoder", "text: by hub id or local folder"),
+]
 KINDS = ("tasks", "encoders", "losses", "datasets", "configs", "runs")
 
 
@@ -27,16 +32,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     options = parser.parse_args(argv)
     kinds = [options.kind] if options.kind else [k for k in KINDS if k != "runs"]
+    whole = len(kinds) > 1  # from the source alone, at once
     listings: dict[str, Callable[[], list[tuple[str, str]]]] = {
-        "tasks": _tasks, "encoders": lambda: _encoders(options.match), "losses": _losses, "datasets": _datasets,
+        "tasks": _tasks,
+        "encoders": _encoders_found if whole else lambda: _encoders(options.match),
+        "losses": lambda: found.registered("LOSSES") if whole else _losses(),
+        "datasets": lambda: found.registered("READERS"),
         "configs": _configs, "runs": lambda: _runs(Path(options.root)),
     }  # fmt: skip
     for kind in kinds:
         rows = [row for row in listings[kind]() if options.match in row[0]]
-        if len(kinds) > 1:
+        if whole:
             print(f"{kind}:")
         width = min(40, max((len(name) for name, _ in rows), default=0))
-        indent = "  " if len(kinds) > 1 else ""
+        indent = "  " if whole else ""
         for name, text in rows:
             print(f"{indent}{name:<{width}}  {text}".rstrip())
         if not rows:
@@ -60,35 +69,32 @@ def _first_comment(path: Path) -> str:
     return line.lstrip("# ") if line.startswith("#") else ""
 
 
-def _datasets() -> list[tuple[str, str]]:
-    from sista_pl.data.formats import READERS
-
-    return [(name, _summary(READERS[name])) for name in READERS]
-
-
 def _losses() -> list[tuple[str, str]]:
-    plugins.load()
+    plugins.load_others()
     from sista_pl.losses import LOSSES
 
     return [(name, _summary(LOSSES[name])) for name in LOSSES]
 
 
 def _encoders(match: str) -> list[tuple[str, str]]:
-    plugins.load()
+    plugins.load_others()
     from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS
 
-    rows = [(name, f"text: {_summary(TEXT_ENCODERS[name])}") for name in TEXT_ENCODERS]
-    rows += [(name, f"image: {_summary(IMAGE_ENCODERS[name])}") for name in IMAGE_ENCODERS]
+    rows = [(name, _summary(TEXT_ENCODERS[name])) for name in TEXT_ENCODERS]
+    others = [(name, _summary(IMAGE_ENCODERS[name])) for name in IMAGE_ENCODERS]
     if match:
         import timm
 
-        return rows + [(name, "image: timm") for name in timm.list_models() if match in name]
-    return [
-        *rows,
-        ("any timm model", "image: by its name, as resnet50; `sista list encoders --match vit_small` searches"),
-        ("hf:FOLDER_OR_HUB_ID", "image: RAD-DINO, SigLIP, CLIP, ViT, BiomedCLIP and their like"),
-        ("any Hugging Face encoder", "text: by hub id or local folder"),
-    ]
+        return _both(rows, others) + [(name, "image: timm") for name in timm.list_models() if match in name]
+    return _both(rows, others) + ANY
+
+
+def _encoders_found() -> list[tuple[str, str]]:
+    return _both(found.registered("TEXT_ENCODERS"), found.registered("IMAGE_ENCODERS")) + ANY
+
+
+def _both(texts: list[tuple[str, str]], images: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(n, f"text: {told}") for n, told in texts] + [(n, f"image: {told}") for n, told in images]
 
 
 def _runs(root: Path) -> list[tuple[str, str]]:

@@ -68,8 +68,10 @@ class Store:
                 f"{path}: store of schema version {schema}, this sista reads {SCHEMA}; "
                 f"{'delete it and prepare it again' if isinstance(schema, int) and schema < SCHEMA else 'update sista'}"
             )
+        with os.scandir(path) as there:  # at once: a million rows are hundreds of files
+            sizes = {entry.name: entry.stat().st_size for entry in there if entry.is_file()}
         for name, file in info["files"].items():
-            size = (path / name).stat().st_size if (path / name).is_file() else "no"
+            size = sizes.get(name, "no")
             if size != file["bytes"]:
                 raise SistaError(
                     f"{path / name}: {size} bytes where store.json says {file['bytes']}; "

@@ -5,7 +5,6 @@ B images, H W pixels; a mask is uint8: 0 background, 127 ignore, 255 object.
 
 from __future__ import annotations
 
-import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +41,8 @@ class DiceBCE(nn.Module):
 
     def __init__(self, dice: float = 0.5):
         super().__init__()
+        import segmentation_models_pytorch as smp  # half of the time of an import of all losses
+
         self.share = number("dice_bce", "dice", dice, 0, 1)
         self.dice = smp.losses.DiceLoss("binary", from_logits=True, smooth=1.0, ignore_index=IGNORE)
         self.bce = smp.losses.SoftBCEWithLogitsLoss(ignore_index=IGNORE, reduction="none")
@@ -70,6 +71,8 @@ class FocalLogDice(nn.Module):
 
     def __init__(self, focal: float = 10.0, gamma: float = 2.0):
         super().__init__()
+        import segmentation_models_pytorch as smp
+
         self.weight = number("focal_logdice", "focal", focal, 0)
         self.focal = smp.losses.FocalLoss(
             "binary", gamma=number("focal_logdice", "gamma", gamma, 0), ignore_index=IGNORE

@@ -66,7 +66,7 @@ class Siglip(nn.Module):
     def forward(self, pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over the local images of their sums over all reports, () fp32, and what to log."""
         with torch.autocast(pair.image.pooled.device.type, enabled=False):
-            logits = Logits.of(pair, self.chunk, at_least_float32(self.bias))
+            logits = Logits.of(pair, self.chunk, at_least_float32(self.bias).squeeze())
             reports = Reports.of(pair, "siglip") if self.semantic else None
             delta = self.calibration(reports.sample, len(logits.t))[0] if reports else math.nan
 

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 TASKS, PLUGINS = "sista.tasks", "sista.plugins"
+OURS = "sista-pl"
 
 
 def task_entries() -> dict[str, EntryPoint]:
@@ -41,7 +42,7 @@ def load_others() -> None:
     """Import what other packages bring: our own tasks register neither loss nor encoder, and would bring Lightning."""
     load_modules()
     for entry in task_entries().values():
-        if entry.module.split(".")[0] not in ("sista_pl", "sista_tasks"):
+        if entry.dist is None or entry.dist.name != OURS:
             _load(entry)
 
 

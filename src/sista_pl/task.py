@@ -81,8 +81,8 @@ class BaseTask(LightningModule):
         self.configure_metrics()
 
     def configure_model(self) -> None:
-        """Called by Lightning before its strategy wraps the model."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+        """Called by Lightning before its strategy wraps the model, and by `load_from_checkpoint` without a Trainer."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             make_shardable(self)
 
     def configure_models(self) -> None:

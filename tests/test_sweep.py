@@ -223,6 +223,17 @@ def test_the_setting_of_the_highest_validation_figure_is_for_all_seeds(file, tmp
     assert "4 pre-trainings, model.lr of [0.1, 0.2]" in sweep.tune.told()
 
 
+def test_a_report_is_told_the_budget_and_shows_no_cell_that_only_chooses(file, tmp_path):
+    from sista_pl.report.swept import Swept, write_plan
+
+    file.write_text(SWEEP.replace("seeds:", TUNE))
+    sweep = read_sweep(str(file))
+    write_plan(tmp_path / "out", sweep)
+    for swept in (Swept.open(tmp_path / "out"), Swept.open(tmp_path / "out", str(file))):
+        assert swept.tuning == sweep.tune.told()
+        assert [cell.name for cell in swept.wanted] == [c.name for c in sweep.cells() if c.setting is None]
+
+
 def test_a_loss_can_not_choose(file, tmp_path):
     file.write_text(SWEEP.replace("seeds:", TUNE))
     sweep, book = read_sweep(str(file)), Book(tmp_path / "out")

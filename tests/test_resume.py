@@ -41,7 +41,7 @@ def whole(tmp_path_factory, phantom_store):
     return weights(folder)
 
 
-def stop(argv: list[str], folder: Path, number: signal.Signals, ready, **more: str) -> subprocess.Popen:
+def stop(argv: list[str], folder: Path, number: signal.Signals, ready, send=os.killpg, **more: str) -> subprocess.Popen:
     """Run a command, send its group the signal once `ready(last.ckpt)`, and return the process, which has ended."""
     with (folder / "log").open("w") as log:
         victim = subprocess.Popen(argv, cwd=folder, env=environment(folder) | more, stdout=log, stderr=log,
@@ -50,7 +50,7 @@ def stop(argv: list[str], folder: Path, number: signal.Signals, ready, **more: s
         while victim.poll() is None and not ready(last):
             time.sleep(0.01)
         assert victim.poll() is None, "the run ended before it could be stopped"
-        os.killpg(victim.pid, number)
+        send(victim.pid, number)
         victim.wait()
     return victim
 
@@ -112,6 +112,19 @@ def test_two_devices_share_one_run(tmp_path, phantom_store):
     assert [p.name for p in (tmp_path / "runs" / "pretrain").iterdir()] == ["0001"]
     state = torch.load(tmp_path / "runs" / "pretrain" / "0001" / "checkpoints" / "last.ckpt", weights_only=True)
     assert len(state["callbacks"]["ExactResume"]["states"]) == 2
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_that_is_told_is_enough(tmp_path, phantom_store):
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    argv = command(phantom_store, *two, "--data.batch_size", "4", "--checkpoint_every", "1000", "--ckpt_path", "auto")
+    victim = stop(argv, tmp_path, signal.SIGTERM, Path.is_file, send=os.kill)  # rank 0 alone
+    assert victim.returncode == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    last = tmp_path / "runs" / "pretrain" / "0001" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] % 10 == 0, "they agree every tenth step"
+    subprocess.run(argv, cwd=tmp_path, env=environment(tmp_path), check=True, capture_output=True)
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert [p.name for p in (tmp_path / "runs" / "pretrain").iterdir()] == ["0001"]
 
 
 def _past_mid_epoch(path: Path) -> bool:

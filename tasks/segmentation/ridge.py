@@ -1,6 +1,6 @@
 """The dense probe: ridge regression of the object's share of each cell on a frozen encoder's maps there.
 
-Solved from sums over the cells, so each image is encoded once and none is kept. B images, C cells of the finest map
+Solved from sums over the cells, so that each training image is encoded once and none is kept. B images, C cells of the finest map
 (h × w), D channels of all maps, S strengths, T thresholds.
 """
 
@@ -96,7 +96,7 @@ class Counts:
         return int(strength), int(threshold)
 
 
-Cells = Callable[[Tensor], Tensor]  # images (B, 1, H, W) → standardised channels at the cells (B, D, h, w)
+Cells = Callable[[Tensor], Tensor]  # images (B, 1, H, W) → channels at the cells (B, D, h, w)
 
 
 def fit(

@@ -1,7 +1,8 @@
 """The dense probe: ridge regression of the object's share of each cell on a frozen encoder's maps there.
 
-Solved from sums over the cells, so that each training image is encoded once and none is kept. B images, C cells of the finest map
-(h × w), D channels of all maps, S strengths, T thresholds.
+Solved from sums over the cells, so that each training image is encoded once and none is kept.
+
+B images, h w cells of the finest map, D channels of all maps, S strengths, T thresholds.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def test_whatever_cannot_be_read_is_a_bad_image(tmp_path):
 def test_rows_and_images_correspond(tmp_path, data):
     store = run(data, tmp_path / "store")
     assert len(store) == len(store.manifest) == 20
-    assert len(store.info["shards"]) == 4
+    assert len(store.contents["shards"]) == 4
     for i, row in enumerate(data.rows):
         assert np.array_equal(store.image(i), read_gray(row.image, 32))
         assert store.manifest.loc[i, "image_id"] == row.image_id
@@ -319,8 +319,8 @@ def test_two_runs_on_one_folder_exclude_each_other(tmp_path, data):
     assert len(run(data, tmp_path / "store")) == 20
 
 
-# four shards with their notes, manifest, list, store.json
-@pytest.mark.parametrize("when", range(1, 12))
+# four shards with their notes, manifest, what was left out, files.json, store.json
+@pytest.mark.parametrize("when", range(1, 13))
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, data, monkeypatch, when):
     run(data, tmp_path / "undisturbed")
     written, real = [], os.fsync

@@ -56,8 +56,10 @@ def huge(tmp_path_factory):
     pd.DataFrame(columns).to_parquet(path / "manifest.parquet", index=False)
     np.save(path / "images-00000.npy", np.zeros((N, 1, 1), np.uint8))
     files = {file.name: {"bytes": file.stat().st_size} for file in path.iterdir()}
+    contents = {"files": files, "shards": [{"rows": N, "images": "images-00000.npy"}]}
+    (path / "files.json").write_text(json.dumps(contents))
     info = {"schema": SCHEMA, "name": "huge", "version": "1", "phantom": True, "size": 1, "has_masks": False,
-            "shards": [{"rows": N, "images": "images-00000.npy"}], "files": files}  # fmt: skip
+            "rows": N, "contents": hashlib.sha256(json.dumps(contents).encode()).hexdigest()}  # fmt: skip
     (path / "store.json").write_text(json.dumps(info))
     return path
 

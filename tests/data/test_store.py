@@ -61,9 +61,10 @@ def test_threads_and_forked_workers_share_a_store(store, data):
 def test_what_a_store_says_of_itself(store):
     assert (store.size, store.name, store.version, store.phantom, len(store)) == (24, "test", "1", True, 11)
     assert store.hash == hashlib.sha256((store.path / "store.json").read_bytes()).hexdigest()
-    for name, file in store.info["files"].items():
+    for name, file in store.contents["files"].items():
         assert hashlib.sha256((store.path / name).read_bytes()).hexdigest() == file["sha256"]
-    assert set(store.info["files"]) == {f.name for f in store.path.iterdir()} - {"store.json"}
+    assert set(store.contents["files"]) == {f.name for f in store.path.iterdir()} - {"store.json", "files.json"}
+    assert store.info["contents"] == hashlib.sha256((store.path / "files.json").read_bytes()).hexdigest()
     assert list(store.manifest.columns) == [
         *("image_id", "patient_id", "study_id", "view", "split", "findings", "impression"),
         *("label_Edema", "has_mask", "boxes", "width", "height", "source"),
@@ -102,8 +103,22 @@ def test_a_store_of_another_version_is_refused_with_both_versions(store, schema,
 def test_a_file_that_is_cut_or_missing_is_named(store):
     shard = store.path / "images-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(SistaError, match=r"images-00001.npy: \d+ bytes where store.json says \d+; delete .*store"):
-        Store.open(store.path)
+    with pytest.raises(SistaError, match=r"images-00001.npy: \d+ bytes where files.json says \d+; delete .*store"):
+        store.image(0)
     shard.unlink()
     with pytest.raises(SistaError, match=r"images-00001.npy: no bytes"):
-        Store.open(store.path)
+        store.image(0)
+    with pytest.raises(SistaError, match=r"images-00001.npy: no bytes"):
+        print(store.manifest)
+    (store.path / "files.json").write_text("{}")
+    with pytest.raises(SistaError, match=r"files.json: missing or not this store's; delete .*store"):
+        store.image(0)
+
+
+def test_opening_reads_one_small_file_whatever_lies_beside_it(store):
+    size = (store.path / "store.json").stat().st_size
+    for file in store.path.iterdir():
+        if file.name != "store.json":
+            file.unlink()
+    assert len(Store.open(store.path)) == 11
+    assert size < 2_000

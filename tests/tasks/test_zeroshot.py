@@ -1,5 +1,6 @@
 """Zero-shot classification through the command line: its scores are those of a slow loop, its prompts what they say."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -37,8 +38,10 @@ def store(phantom_store, tmp_path_factory):
     table["split"] = "test"
     table["label_Fracture"] = 0.0
     table.to_parquet(copy / "manifest.parquet")
-    told = json.loads((copy / "store.json").read_text())
-    told["files"]["manifest.parquet"]["bytes"] = (copy / "manifest.parquet").stat().st_size
+    told, contents = (json.loads((copy / f"{name}.json").read_text()) for name in ("store", "files"))
+    contents["files"]["manifest.parquet"]["bytes"] = (copy / "manifest.parquet").stat().st_size
+    (copy / "files.json").write_text(json.dumps(contents))
+    told["contents"] = hashlib.sha256((copy / "files.json").read_bytes()).hexdigest()
     (copy / "store.json").write_text(json.dumps(told))
     return copy
 

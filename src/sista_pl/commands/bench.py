@@ -212,7 +212,7 @@ def _bench_growth(options: argparse.Namespace) -> dict[str, Any]:
               f"{1e6 * found['read']:7.1f} us   manifest {1e3 * found['manifest']:8.1f} ms  "
               f"+{found['manifest_bytes'] / 1e6:7.1f} MB")  # fmt: skip
     opened = _ratio(runs[rows[-1]]["open"], runs[rows[0]]["open"])
-    print(f"opening {rows[-1]:,} rows against {rows[0]:,}: {_told(opened)}, for one file to look at in 4,096 rows")
+    print(f"opening {rows[-1]:,} rows against {rows[0]:,}: {_told(opened)}")
 
     bytes_ = bench_growth.training(options.epochs)
     grown = bytes_[-1] / bytes_[1]

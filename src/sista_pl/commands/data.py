@@ -200,7 +200,7 @@ def _show(store: Path) -> None:
 
     opened = Store.open(store)
     rows = opened.manifest
-    gigabytes = sum(file["bytes"] for file in opened.info["files"].values()) / 1e9
+    gigabytes = sum(file["bytes"] for file in opened.contents["files"].values()) / 1e9
     console = Console()
     if opened.phantom:
         console.print("PHANTOM DATA: drawn, not taken from patients", style="bold")

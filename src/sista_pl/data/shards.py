@@ -38,7 +38,7 @@ RESIZE = "long side to size (JPEG draft, Lanczos), centred, padded with 0; masks
 MAX_SHARD_BYTES = 2**30
 # What the working folder may hold; the rest is somebody's and is not deleted.
 _OURS = re.compile(
-    r"\.lock(-\d+of\d+)?|(shard-\d+\.json|(images|masks)-\d+\.npy|manifest\.parquet|skipped\.csv|store\.json)"
+    r"\.lock(-\d+of\d+)?|(shard-\d+\.json|(images|masks)-\d+\.npy|manifest\.parquet|skipped\.csv|files\.json|store\.json)"
     r"(\.[0-9a-f]{8}\.tmp)?"
 )
 
@@ -60,6 +60,10 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    return _write(path, [f"{json.dumps(value, indent=1, ensure_ascii=False, default=str)}\n".encode()])
 
 
 def _npy(array: np.ndarray) -> list[bytes | memoryview]:
@@ -249,7 +253,7 @@ class Shards:
         return text.getvalue().encode()
 
     def finish(self) -> None:
-        """Write manifest, list of what was left out, and last `store.json`; the notes go."""
+        """Write manifest, list of what was left out, list of the files, and last `store.json`; the notes go."""
         notes = [note for number in range(len(self)) if (note := self._note(number))]
         bad = {int(index): why for note in notes for index, why in note["bad"].items()}
         known = {int(index): facts for note in notes for index, facts in note["facts"].items()}
@@ -287,11 +291,10 @@ class Shards:
             "has_masks": self.with_masks,
             "options": self.release.options,
             "fingerprint": self.fingerprint,
-            "shards": shards,
-            "files": files,
+            "rows": len(kept),
+            "contents": _write_json(self.folder / "files.json", {"files": files, "shards": shards})["sha256"],
         }
-        text = json.dumps(store, indent=1, ensure_ascii=False, default=str) + "\n"
-        _write(self.folder / "store.json", [text.encode()])
+        _write_json(self.folder / "store.json", store)
         for number in range(len(self)):
             self._note_file(number).unlink()
 

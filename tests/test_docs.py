@@ -102,8 +102,10 @@ def mistake(trainer_parser, known, monkeypatch, capsys):
                     raise SystemExit(code)
             except Parsed as parsed:
                 options = parsed.options
-        if "config" in options and options["config"] not in (None, *PLACEHOLDERS):
-            packaged.find(options["config"])
+        given = options.get("config") or []
+        for config in [given] if isinstance(given, str) else given:
+            if config not in PLACEHOLDERS:
+                packaged.find(config)
         if argv[:2] == ["data", "prepare"]:
             READERS[options["name"]]
         if options.get("layout"):

@@ -45,13 +45,41 @@ def finish(book: Book, sweep, cell: Cell, value: float = 0.5) -> None:
     book.finish(sweep, cell, 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name in packaged.names() if name.startswith("benchmark/")])
-def test_every_packaged_sweep_can_be_read(name, tmp_path, monkeypatch):
+BENCHMARKS = [name for name in packaged.names() if name.startswith("benchmark/")]
+ADDITIONS = {
+    "benchmark/phantom.yaml": ["with_peers", "with_controls", "phantom_decoders"],
+    "benchmark/reports.yaml": ["with_peers", "with_controls", "reports_decoders"],
+}
+ADDED = {f"benchmark/{name}.yaml" for names in ADDITIONS.values() for name in names}
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ADDED])
+def test_every_packaged_sweep_can_be_read_with_what_adds_to_it(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SISTA_REPORTS", "reports.csv")
-    sweep = read_sweep(name)
+    alone = read_sweep(name)
+    sweep = read_sweep(name, *(f"benchmark/{addition}.yaml" for addition in ADDITIONS.get(name, ())))
     for cell in sweep.cells():
         if cell.task is None:
             assert sweep.commands(cell, tmp_path)[0][:3] == ["fit", "--config", sweep.pretrain.config[0]]
+    assert sweep.name == alone.name
+    assert set(alone.cells()) <= set(sweep.cells())
+    without = [cell for cell in alone.cells() if cell.task is None]
+    assert [sweep.commands(cell, tmp_path) for cell in without] == [alone.commands(cell, tmp_path) for cell in without]
+
+
+def test_a_further_file_adds_methods_and_says_values_anew(file, tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("methods: {sia: {config: method/sia.yaml}, clip: {options: {model.lr: 0.001}}}\nseeds: [3]\n")
+    sweep, root = read_sweep(str(file), str(more)), tmp_path / "runs"
+    assert (sweep.name, sweep.seeds, list(sweep.methods)) == ("mine", [3], ["random", "clip", "sia"])
+    assert sweep.methods["clip"].options == {"model.lr": 0.001, "data.augment": False}
+    assert "method/sia.yaml" in sweep.commands(Cell("sia", 3), root)[0]
+    more.write_text("method: {sia: {config: method/sia.yaml}}\n")
+    with pytest.raises(SistaError, match=r"mine.yaml \+ .*more.yaml: unknown key 'method'; did you mean methods"):
+        read_sweep(str(file), str(more))
+    more.write_text("methods: {sia: {config: method/sia.yaml}}\n")
+    with pytest.raises(SistaError, match=r"more\.yaml: no tasks"):
+        read_sweep(str(more))
 
 
 def test_an_evaluation_is_a_test_alone_of_each_pretraining(file, tmp_path):

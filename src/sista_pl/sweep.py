@@ -193,20 +193,20 @@ class Sweep:
         return [["fit", *said], ["test", *said]] if cell.setting is None else [["fit", *said]]
 
 
-def read_sweep(name: str) -> Sweep:
+def read_sweep(*names: str) -> Sweep:
     """Read a sweep from a file, or the packaged one of that name.
 
-    `${oc.env:NAME}` stands for an environment variable, `${key}` for another value of the file.
+    Of several, each adds to those before it, key by key, or says its value anew; the first gives the name.
+    `${oc.env:NAME}` stands for an environment variable, `${key}` for another value of the files.
 
     Raises:
         SistaError: no such file; not YAML; an unknown key, a configuration that is not there, nothing to sweep over, a
             variable that is not set.
     """
-    path = packaged.find(name)
+    paths = [packaged.find(name) for name in names]
+    path = " + ".join(map(str, paths))
     try:
-        given: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as why:
-        raise SistaError(f"sweep {path}: not YAML: {' '.join(str(why).split())[:200]}; check that place") from None
+        given: Any = OmegaConf.to_container(OmegaConf.merge(*map(_loaded, paths)), resolve=True)
     except OmegaConfBaseException as why:
         raise SistaError(f"sweep {path}: {str(why).splitlines()[0]}; set it, or write the value there") from None
     if not isinstance(given, dict):
@@ -234,7 +234,14 @@ def read_sweep(name: str) -> Sweep:
     pretrain = _part(given.get("pretrain") or {"config": "pretrain.yaml"}, f"sweep {path}: pretrain")
     shares = _fractions(given.get("fractions", [1.0]), f"sweep {path}")
     tune = None if given.get("tune") is None else _tune(given["tune"], tasks, shares, f"sweep {path}: tune")
-    return Sweep(str(given.get("name") or path.stem), pretrain, methods, tasks, seeds, shares, reference, tune)
+    return Sweep(str(given.get("name") or paths[0].stem), pretrain, methods, tasks, seeds, shares, reference, tune)
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as why:
+        raise SistaError(f"sweep {path}: not YAML: {' '.join(str(why).split())[:200]}; check that place") from None
 
 
 def _known(given: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
@@ -243,14 +250,14 @@ def _known(given: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
             raise SistaError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), keys)}")
 
 
-def _mapping(given: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+def _mapping(given: dict[str, Any], key: str, path: str) -> dict[str, Any]:
     found = given.get(key)
     if not isinstance(found, dict) or not found:
         raise SistaError(f"sweep {path}: no {key}; write `{key}:` and under it a name a line")
     return found
 
 
-def _plain(name: object, path: Path) -> str:
+def _plain(name: object, path: str) -> str:
     if not isinstance(name, str) or not name.replace("_", "").replace(".", "").isalnum() or name == PRETRAIN:
         raise SistaError(f"sweep {path}: the name {name!r} is to become a folder's; use letters, digits, _ and .")
     return name

@@ -31,6 +31,7 @@ A sweep that was stopped goes on where it was: finished cells are left alone, a 
 
   sista sweep --config benchmark/smoke.yaml
   sista sweep --config mine.yaml --cell 3/12      # one task of an array job: a share of the pre-trainings, all it needs
+  sista sweep --config benchmark/phantom.yaml --config benchmark/with_controls.yaml    # more methods, the same folder
   sista sweep --config mine.yaml --dry-run        # the commands, and which of them are done
 
 The file:
@@ -59,14 +60,17 @@ def main(argv: list[str]) -> int:
     """Run `sista sweep` and return the exit code."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("sista sweep", description=_HELP, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("-c", "--config", required=True, help="the sweep: a file, or the name of a packaged one")
+    parser.add_argument(
+        "-c", "--config", required=True, action="append",
+        help="the sweep: a file, or the name of a packaged one; a further --config adds to it, methods for example",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the sweep (default: sweeps/NAME)")
     parser.add_argument("--cell", default="0/1", metavar="I/N", help="the I-th of N shares, from 0, for an array job")
     parser.add_argument("--jobs", type=int, help="cells at once (default: one a GPU, else one a CPU core, at most 8)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--keep-going", action="store_true", help="go on with the others where a cell fails")
     options = parser.parse_args(argv)
-    sweep = read_sweep(options.config)
+    sweep = read_sweep(*options.config)
     book = Book(options.out or Path("sweeps") / sweep.name)
     part = _part(options.cell)
     if options.dry_run:

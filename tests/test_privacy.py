@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from sista_pl import tracking
+from sista_pl import privacy, tracking
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
 
@@ -133,8 +133,8 @@ def test_each_logger_of_the_configuration_is_looked_at(capsys, workdir, tracker)
 )
 def test_a_logger_that_may_send_elsewhere_is_refused(name, arguments):
     with pytest.raises(SistaError, match=r"is not on this machine|may write to another machine"):
-        tracking.check_logger(f"pytorch_lightning.loggers.{name}", arguments, "local_only")
-    tracking.check_logger(f"pytorch_lightning.loggers.{name}", arguments, "allow_patient_data")
+        privacy.check_logger(f"pytorch_lightning.loggers.{name}", arguments, "local_only")
+    privacy.check_logger(f"pytorch_lightning.loggers.{name}", arguments, "allow_patient_data")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_logger_that_may_send_elsewhere_is_refused(name, arguments):
     ],
 )
 def test_a_logger_that_stays_here_is_taken(name, arguments):
-    tracking.check_logger(f"pytorch_lightning.loggers.{name}", arguments, "local_only")
+    privacy.check_logger(f"pytorch_lightning.loggers.{name}", arguments, "local_only")
 
 
 @pytest.mark.parametrize(
@@ -161,27 +161,27 @@ def test_a_logger_that_stays_here_is_taken(name, arguments):
 )  # fmt: skip
 def test_what_is_not_surely_here_is_elsewhere(uri):
     with pytest.raises(SistaError, match="is not on this machine"):
-        tracking.check_destination(uri, "local_only")
-    tracking.check_destination(uri, "allow_patient_data")
+        privacy.check_destination(uri, "local_only")
+    privacy.check_destination(uri, "allow_patient_data")
 
 
 @pytest.mark.parametrize(
     "uri", ["", "sqlite:////data/mlflow.db", "file:///data/mlruns", "/data/mlruns/1", "mlflow-artifacts:/1"]
 )
 def test_what_is_here(uri):
-    tracking.check_destination(uri, "local_only")
+    privacy.check_destination(uri, "local_only")
 
 
 def test_a_proxy_is_another_machine(tracker, monkeypatch):
-    tracking.check_destination(tracker.local, "local_only")
+    privacy.check_destination(tracker.local, "local_only")
     monkeypatch.setenv("HTTP_PROXY", "http://name:secret@proxy.hospital.example:3128")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(SistaError, match="NO_PROXY") as told:
-        tracking.check_destination(tracker.local, "local_only")
+        privacy.check_destination(tracker.local, "local_only")
     assert "secret" not in str(told.value)
     monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
-    tracking.check_destination(tracker.local, "local_only")
+    privacy.check_destination(tracker.local, "local_only")
 
 
 # --- a tracker that is here, and its artifacts elsewhere -------------------------------
@@ -206,9 +206,9 @@ def test_artifacts_elsewhere_are_refused_of_a_store_that_is_here(place, capsys, 
     option = ["--trainer.logger.init_args.experiment_name", "mine"]
     assert f"the artifacts of 'mine', {place} is not on this machine" in refused(capsys, *FIT, *option)
     with pytest.raises(SistaError, match="is not on this machine"):  # a run that goes on
-        tracking.check_artifacts(uri, "another", run, "local_only")
-    tracking.check_artifacts(uri, "another", "0" * 32, "local_only")  # one that isn't there
-    tracking.check_artifacts(uri, "mine", None, "allow_patient_data")
+        privacy.check_artifacts(uri, "another", run, "local_only")
+    privacy.check_artifacts(uri, "another", "0" * 32, "local_only")  # one that isn't there
+    privacy.check_artifacts(uri, "mine", None, "allow_patient_data")
 
 
 def test_artifacts_of_a_new_experiment_are_looked_at_before_the_first_is_sent(workdir, tracker):
@@ -228,17 +228,17 @@ def test_artifacts_of_a_new_experiment_are_looked_at_before_the_first_is_sent(wo
 
 
 def test_ids_are_hashed_with_a_key_that_stays(workdir):
-    key = tracking.id_key(workdir / "id_key")
-    assert key == tracking.id_key(workdir / "id_key")
+    key = privacy.id_key(workdir / "id_key")
+    assert key == privacy.id_key(workdir / "id_key")
     assert len(key) == 32
     assert (workdir / "id_key").stat().st_mode & 0o077 == 0
-    name = tracking.hashed_id("10000032", key)
+    name = privacy.hashed_id("10000032", key)
     assert name == hashlib.blake2b(b"10000032", key=key, digest_size=8).hexdigest()
-    assert name != tracking.hashed_id("10000032", tracking.id_key(None))
+    assert name != privacy.hashed_id("10000032", privacy.id_key(None))
     table = pd.DataFrame({"patient_id": ["7", "8", "7"], "score": [0.1, 0.2, 0.3]})
     table.to_csv(workdir / "predictions.csv", index=False)
     (workdir / "room").mkdir()
-    shown = pd.read_csv(tracking._without_ids(workdir / "predictions.csv", workdir / "room", None), dtype=str)
+    shown = pd.read_csv(privacy.without_ids(workdir / "predictions.csv", workdir / "room", None), dtype=str)
     assert shown["score"].tolist() == ["0.1", "0.2", "0.3"]
     assert shown["patient_id"][0] == shown["patient_id"][2] != shown["patient_id"][1]
     assert not set(shown["patient_id"]) & {"7", "8"}
@@ -272,9 +272,9 @@ def test_what_is_allowed_goes_through_without_an_id(workdir, tracker, tiny, phan
     here = pd.read_parquet(next(Path("runs/retrieval_mimic").rglob("predictions.parquet")))
     there = pd.read_parquet(io.BytesIO(sent["test/predictions.parquet"]))
     assert {value.encode() for value in here["image_id"].astype(str)} <= ids
-    key = tracking.id_key(Path("runs/.id_key"))
+    key = privacy.id_key(Path("runs/.id_key"))
     for name in ("image_id", "patient_id"):
-        assert there[name].tolist() == [tracking.hashed_id(value, key) for value in here[name]]
+        assert there[name].tolist() == [privacy.hashed_id(value, key) for value in here[name]]
     pd.testing.assert_frame_equal(*(t.drop(columns=["image_id", "patient_id"]) for t in (here, there)))
     assert not any(key in body for *_, body in tracker.requests)
     # a flag is nearer than the environment

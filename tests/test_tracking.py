@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sista_pl import tracking
+from sista_pl import privacy, tracking
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
 
@@ -28,13 +28,13 @@ from sista_pl.errors import SistaError
     ],
 )
 def test_what_is_local(uri, local):
-    assert tracking.is_local(uri) is (local and uri != "databricks")
+    assert privacy.is_local(uri) is (local and uri != "databricks")
 
 
 def test_remote_is_refused_unless_allowed():
     with pytest.raises(SistaError, match="allow_patient_data"):
-        tracking.check_destination("https://mlflow.example", "local_only")
-    tracking.check_destination("https://mlflow.example", "allow_patient_data")
+        privacy.check_destination("https://mlflow.example", "local_only")
+    privacy.check_destination("https://mlflow.example", "allow_patient_data")
 
 
 def test_a_run_with_a_remote_tracker_stops_before_anything_is_written(capsys, workdir, tiny, monkeypatch):

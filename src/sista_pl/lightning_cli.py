@@ -28,8 +28,9 @@ from sista_pl.data.transfer import TransferDataModule  # noqa: F401
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.precision import usual_precision
 from sista_pl.preemption import Preemption
+from sista_pl.privacy import PRIVACY, check_artifacts, check_logger, default_privacy
 from sista_pl.task import BaseTask
-from sista_pl.tracking import PRIVACY, check_artifacts, check_logger, default_privacy, open_store
+from sista_pl.tracking import open_store
 
 LOGGER = {
     "class_path": "pytorch_lightning.loggers.MLFlowLogger",

@@ -5,12 +5,9 @@ Everything shown to a tracker that could hold patient data (a picture, a text, a
 
 from __future__ import annotations
 
-import hashlib
 import io
-import ipaddress
 import logging
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -19,134 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-import pandas as pd
 from pytorch_lightning.loggers import MLFlowLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.errors import SistaError
+from sista_pl.privacy import check_destination, told, without_ids
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 PACKAGES = ("sista-pl", "torch", "torchvision", "pytorch-lightning", "timm", "transformers", "tokenizers",
             "torchmetrics", "mlflow", "numpy", "pandas")  # fmt: skip
-PRIVACY = ("local_only", "allow_patient_data")
-ID_COLUMNS = ("image_id", "patient_id", "study_id", "image")
-# besides MLFlowLogger, the loggers of Lightning that write files and nothing else
-FILE_LOGGERS = ("CSVLogger", "TensorBoardLogger")
-
-# MLflow would send figures of its own use to its makers
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-
-def default_privacy() -> str:
-    """Return what SISTA_PRIVACY says, `local_only` where it isn't set.
-
-    Raises:
-        SistaError: it says something else than `local_only` or `allow_patient_data`.
-    """
-    privacy = os.environ.get("SISTA_PRIVACY") or PRIVACY[0]
-    if privacy not in PRIVACY:
-        raise SistaError(f"SISTA_PRIVACY: unknown value {privacy!r}; {did_you_mean(privacy, PRIVACY)}")
-    return privacy
-
-
-def is_local(uri: str) -> bool:
-    """Whether what is written to the URI, of a tracker or of artifacts, stays on this machine.
-
-    It does where the URI is sqlite, a file or folder, or a loopback address; `mlflow-artifacts:` without a host is the
-    tracker's own.
-    """
-    parts = urlparse(str(uri))
-    if uri in ("databricks", "databricks-uc", "uc"):  # names that mlflow sends elsewhere
-        return False
-    if parts.scheme in ("", "sqlite", "file") or (parts.scheme == "mlflow-artifacts" and not parts.netloc):
-        return not parts.netloc or parts.netloc == "localhost"
-    # a backslash ends the host for some clients and not for others
-    if parts.scheme not in ("http", "https", "mlflow-artifacts") or "\\" in parts.netloc:
-        return False
-    host = parts.hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def check_destination(uri: str, privacy: str, what: str = "") -> None:
-    """Refuse a place on another machine unless patient data may go there.
-
-    Args:
-        uri: of a tracker, or of its artifacts.
-        privacy: `local_only` or `allow_patient_data`.
-        what: it is, where it isn't the tracker.
-
-    Raises:
-        SistaError: under `local_only`, a place that isn't local or that is reached over a proxy.
-    """
-    if privacy == "allow_patient_data":
-        return
-    if not is_local(uri):
-        raise SistaError(
-            f"tracking: {what}{uri} is not on this machine and pictures and report texts would go there; set "
-            "MLFLOW_TRACKING_URI to sqlite:///… or a loopback address, or --privacy allow_patient_data if that is right"
-        )
-    if urlparse(str(uri)).scheme in ("http", "https"):
-        from requests.utils import get_environ_proxies, select_proxy  # what mlflow asks with
-
-        if select_proxy(uri, get_environ_proxies(uri)):
-            raise SistaError(f"tracking: {uri} would be asked for over the proxy of HTTP_PROXY, another machine; set "
-                             "NO_PROXY=localhost,127.0.0.1")  # fmt: skip
-
-
-def check_logger(class_path: str, arguments: Mapping[str, Any], privacy: str) -> None:
-    """Refuse a logger of the configuration that could write to another machine.
-
-    Raises:
-        SistaError: under `local_only`, a remote URI or folder, or a class that isn't known to write files alone.
-    """
-    name = class_path.rsplit(".", 1)[-1]
-    if name == "MLFlowLogger":
-        # without a URI Lightning takes the folder
-        check_destination(arguments.get("tracking_uri") or f"file:{arguments.get('save_dir')}", privacy)
-        check_destination(arguments.get("artifact_location") or "", privacy, "artifact_location ")
-    elif name in FILE_LOGGERS:
-        check_destination(str(arguments.get("save_dir")), privacy, f"{name}: save_dir ")
-    elif privacy != "allow_patient_data":
-        raise SistaError(
-            f"tracking: {name} may write to another machine; use MLFlowLogger, {' or '.join(FILE_LOGGERS)}, or "
-            "--privacy allow_patient_data if that is right"
-        )
-
-
-def check_artifacts(uri: str, experiment: str, run: str | None, privacy: str) -> None:
-    """Refuse a tracker that is here and has its artifacts elsewhere: `publish` would, after the first epoch.
-
-    Args:
-        uri: of the tracker.
-        experiment: its name; one that is not there yet passes.
-        run: id of the run that goes on, or None for a new one.
-        privacy: see `check_destination`.
-
-    Raises:
-        SistaError: under `local_only`, artifacts on another machine; a tracker that doesn't answer.
-    """
-    if privacy == "allow_patient_data":
-        return
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    try:
-        if run is not None:
-            place = client.get_run(run).info.artifact_uri
-        else:
-            found = client.get_experiment_by_name(experiment)
-            place = "" if found is None else found.artifact_location
-    except MlflowException as why:
-        if why.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return
-        raise SistaError(f"tracking: {uri} can't be used ({_line(why)}); set MLFLOW_TRACKING_URI to another") from why
-    check_destination(place, privacy, f"the artifacts of {experiment!r}, ")
 
 
 def open_store(uri: str, experiment: str, artifacts: str | None = None) -> None:
@@ -184,44 +64,8 @@ def publish(trainer: Trainer, path: Path, folder: str = "") -> None:
         check_destination(logger._tracking_uri, privacy)
         check_destination(client.get_run(logger.run_id).info.artifact_uri, privacy, "the run's artifacts, ")
         with tempfile.TemporaryDirectory(prefix="sista-") as room:
-            shown = _without_ids(path, Path(room), getattr(trainer, "sista_id_key", None))
+            shown = without_ids(path, Path(room), getattr(trainer, "sista_id_key", None))
             client.log_artifact(logger.run_id, str(shown), folder or None)
-
-
-def _without_ids(path: Path, room: Path, key: Path | None) -> Path:
-    """Return a copy of a table in which the ids are hashed, any other file as it is."""
-    if path.suffix not in (".parquet", ".csv"):
-        return path
-    csv = path.suffix == ".csv"
-    table = pd.read_csv(path, dtype=str, keep_default_na=False) if csv else pd.read_parquet(path)
-    if columns := [column for column in ID_COLUMNS if column in table]:
-        secret = id_key(key)
-        for column in columns:
-            table[column] = [hashed_id(value, secret) for value in table[column]]
-        path = room / path.name
-        table.to_csv(path, index=False) if csv else table.to_parquet(path, index=False)
-    return path
-
-
-def hashed_id(value: object, key: bytes) -> str:
-    """Return 16 hexadecimal digits that stand for an id: without the key nobody can try ids until one fits."""
-    return hashlib.blake2b(str(value).encode(), key=key, digest_size=8).hexdigest()
-
-
-def id_key(file: Path | None) -> bytes:
-    """Return the 32 random bytes of a file, which is made where it is not there; for None, bytes that nobody keeps.
-
-    Whoever has the file can tell whose hash it is, so it is readable by its owner alone and never published.
-    """
-    if file is None:
-        return secrets.token_bytes(32)
-    import fcntl
-
-    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # another run may make it, too
-        if not (key := held.read()):
-            held.write(key := secrets.token_bytes(32))
-    return key
 
 
 def check_registry(name: str, alias: str, privacy: str = "local_only") -> str:
@@ -246,7 +90,7 @@ def check_registry(name: str, alias: str, privacy: str = "local_only") -> str:
         _validate_model_name(name)
         _validate_model_alias_name(alias)
     except MlflowException as why:
-        raise SistaError(f"export: MLflow takes no model {name}@{alias} ({_line(why)}); give another name") from None
+        raise SistaError(f"export: MLflow takes no model {name}@{alias} ({told(why)}); give another name") from None
     if alias.lower() == "latest":
         raise SistaError("export: --alias latest is MLflow's own; give another, as champion")
     mlflow.set_tracking_uri(uri)
@@ -308,7 +152,7 @@ def register_model(
         client.update_model_version(name, number, description)
     except MlflowException as why:
         raise SistaError(
-            f"export: {name}@{alias} can't be registered in {uri} ({_line(why)}); nothing is written to --out, mend it "
+            f"export: {name}@{alias} can't be registered in {uri} ({told(why)}); nothing is written to --out, mend it "
             "and export again"
         ) from why
     return {"name": name, "version": number, "alias": alias, "uri": uri, "run": run_id}
@@ -326,10 +170,6 @@ def _training(client: Any, run: Path | None) -> Any:
         if why.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-
-
-def _line(why: Exception) -> str:
-    return (str(why).strip().splitlines() or [type(why).__name__])[0][:300]
 
 
 @contextmanager

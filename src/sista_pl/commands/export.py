@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     register = None
     if options.register is not None:
         alias = "champion" if options.alias is None else options.alias
-        from sista_pl.tracking import default_privacy
+        from sista_pl.privacy import default_privacy
 
         register = {"name": options.register, "alias": alias, "privacy": options.privacy or default_privacy()}
 

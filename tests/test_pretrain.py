@@ -60,7 +60,14 @@ def test_mlflow_run_is_complete(finished):
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert "lr" in run.data.params
-    assert any(name.startswith("val/") for name in run.data.metrics)
+    history = json.loads((folder / "runs/pretrain/0001/metrics.json").read_text())["history"]
+    figures = [name for name in history[0] if name.startswith("val/")]
+    assert len(figures) > 20
+    steps = [row.step for row in client.get_metric_history(run_id, "val/R_mean")]
+    for name in figures:  # MLflow has no @ in a name
+        told = client.get_metric_history(run_id, name.replace("@", ""))
+        assert [row.value for row in told] == pytest.approx([row[name] for row in history]), name
+        assert [row.step for row in told] == steps, name
     assert run.data.tags["version.torch"] == torch.__version__.split("+")[0]
     assert run.data.tags["data.phantom"] == "True"
     artifacts = {a.path for a in client.list_artifacts(run_id)}

@@ -128,8 +128,15 @@ class SistaCLI(LightningCLI):
     """Wires a task, a data module and a Trainer from YAML.
 
     Its own keys beside Lightning's: `name` of the run (the first configuration's name), `run_root`, `privacy`,
-    `checkpoint_every`.
+    `checkpoint_every`. Only the verb that was asked for gets a parser: each takes longer than the parse itself.
     """
+
+    def __init__(self, verb: str, *args: Any, **kwargs: Any) -> None:
+        self.verb = verb
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.verb: super().subcommands()[self.verb]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # an abbreviation that happens to be unique today is another key tomorrow
@@ -264,7 +271,6 @@ def run_trainer(argv: Sequence[str]) -> int:
     keep_memory()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     plugins.load()
-    verbs = {verb: {"parser_mode": "omegaconf+"} for verb in ("fit", "validate", "test", "predict")}
     # Lightning starts the other ranks of a node with sys.argv, and warns where it is given arguments beside it
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_useful)
     for noise in NOISE:
@@ -272,9 +278,9 @@ def run_trainer(argv: Sequence[str]) -> int:
     before, sys.argv = sys.argv, [sys.argv[0], *_packaged_groups(argv)]
     try:
         SistaCLI(
-            BaseTask, BaseDataModule, subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None,
-            auto_configure_optimizers=False, seed_everything_default=0,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "sista", **verbs},
+            argv[0], BaseTask, BaseDataModule, subclass_mode_model=True, subclass_mode_data=True,
+            save_config_callback=None, auto_configure_optimizers=False, seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "sista", argv[0]: {"parser_mode": "omegaconf+"}},
         )  # fmt: skip
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)

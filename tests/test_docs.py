@@ -4,6 +4,7 @@ links lead somewhere, and the reference has everything.
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -54,17 +55,21 @@ def commands(block):
 
 @pytest.fixture(scope="module")
 def trainer_parser():
-    """The parser of fit, validate, test and predict, built once."""
+    """A function of fit, validate, test or predict that returns its parser, built once."""
     from sista_pl.lightning_cli import SistaCLI
 
     def stop(cli, parser, args):
         raise Parsed(parser)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SistaCLI, "parse_arguments", stop)
-        with pytest.raises(Parsed) as parsed:
-            main(["fit"])
-    return parsed.value.options
+    @functools.cache
+    def parser_of(verb):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SistaCLI, "parse_arguments", stop)
+            with pytest.raises(Parsed) as parsed:
+                main([verb])
+        return parsed.value.options
+
+    return parser_of
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def mistake(trainer_parser, known, monkeypatch, capsys):
         argv = [re.sub(r"^runs/\S+/config\.yaml$", STAND_IN, word) for word in argv]
         if not any(word.endswith(".yaml") for word in argv):
             raise SistaError("no configuration")
-        trainer_parser.parse_args(_packaged_groups(argv))
+        trainer_parser(argv[0]).parse_args(_packaged_groups(argv))
 
     def of_light(argv):
         options = {}

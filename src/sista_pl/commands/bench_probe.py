@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 
 from sista_pl import plugins
 from sista_pl.errors import SistaError
@@ -89,21 +91,21 @@ def _fit_all(store: Path, encoder: str, size: int, epochs: int, cache: bool) -> 
             passes += len(arguments[0])
 
     start = time.perf_counter()
-    for fraction in FRACTIONS:
-        for seed in SEEDS:
-            data = TransferDataModule(store, size=size, batch_size=48, label_fraction=fraction, fraction_seed=seed)
-            seed_everything(0, verbose=False)  # one encoder for all
-            task = kind(15, image_encoder=encoder, image_size=size, protocol="mgca", cache=cache)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                trainer = Trainer(
-                    max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                    enable_model_summary=False, num_sanity_val_steps=0, accelerator="cpu", devices=1,
-                )  # fmt: skip
-                hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
-                try:
-                    trainer.fit(task, datamodule=data)
-                finally:
-                    hook.remove()
-            layers.append(task.head.weight.detach().clone())
+    nine = list(itertools.product(FRACTIONS, SEEDS))
+    for fraction, seed in track(nine, f"{'features kept' if cache else 'images each epoch'}, fit"):
+        data = TransferDataModule(store, size=size, batch_size=48, label_fraction=fraction, fraction_seed=seed)
+        seed_everything(0, verbose=False)  # one encoder for all
+        task = kind(15, image_encoder=encoder, image_size=size, protocol="mgca", cache=cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = Trainer(
+                max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, num_sanity_val_steps=0, accelerator="cpu", devices=1,
+            )  # fmt: skip
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+            try:
+                trainer.fit(task, datamodule=data)
+            finally:
+                hook.remove()
+        layers.append(task.head.weight.detach().clone())
     return {"passes": passes, "seconds": time.perf_counter() - start, "fits": len(layers), "layers": layers}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sista_pl import load_encoder, load_text_encoder
+from sista_pl.checkpoint import read_checkpoint
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
-from sista_pl.weights import read_checkpoint
 
 FIT = ["fit", "--config", "pretrain.yaml"]
 

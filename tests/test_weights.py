@@ -12,10 +12,12 @@ import torchvision
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from sista_pl.checkpoint import load_encoder
 from sista_pl.data.transforms import MEAN, STD
 from sista_pl.errors import SistaError
+from sista_pl.exported import export_timm
 from sista_pl.models import IMAGE_ENCODERS
-from sista_pl.weights import encoder_spec, export_timm, load_encoder, load_weights
+from sista_pl.weights import encoder_spec, load_weights
 
 
 def build(name="resnet18", size=64, **more):

@@ -20,8 +20,8 @@ _PUBLIC = {
     "Step": "sista_pl.task",
     "TEXT_ENCODERS": "sista_pl.models",
     "TextEncoder": "sista_pl.models",
-    "load_encoder": "sista_pl.weights",
-    "load_text_encoder": "sista_pl.weights",
+    "load_encoder": "sista_pl.checkpoint",
+    "load_text_encoder": "sista_pl.checkpoint",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -189,7 +189,8 @@ class Results(Callback):
         return path
 
     def _publish(self, trainer: Trainer) -> None:
-        from sista_pl.weights import export_timm, load_encoder
+        from sista_pl.checkpoint import load_encoder
+        from sista_pl.exported import export_timm
 
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "")
         out = Console()

@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor, nn
 
 from sista_pl import plugins
+from sista_pl.checkpoint import read_checkpoint
 from sista_pl.data import transforms
 from sista_pl.data.images import read_gray
 from sista_pl.data.reports import NORMALISE
@@ -32,7 +33,6 @@ from sista_pl.losses import LOSSES
 from sista_pl.models import ProjectionHead
 from sista_pl.pair import Features
 from sista_pl.runs import run_of
-from sista_pl.weights import read_checkpoint
 
 
 class Joint(JointEncoder):

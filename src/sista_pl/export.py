@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sista_pl.card import card, metrics_of
+from sista_pl.checkpoint import read_checkpoint
 from sista_pl.embed import Joint, Preparation, open_joint, preparation
 from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.exported import MARK, file_hash
 from sista_pl.models.huggingface import HuggingFaceEncoder
 from sista_pl.models.image import IMAGE_ENCODERS, TimmEncoder
 from sista_pl.models.text import sum_words
 from sista_pl.roundtrip import agree, quiet
-from sista_pl.weights import MARK, file_hash, read_checkpoint
 
 SCHEMA = 1
 _PROBES = (

@@ -14,12 +14,25 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from sista_pl import distributed
 from sista_pl.data import transforms
 from sista_pl.data.store import Store
 from sista_pl.models import ImageEncoder
-from sista_pl.weights import encoder_hash
+
+
+def encoder_hash(encoder: ImageEncoder) -> str:
+    """SHA-256 over an encoder's class, the normalisation of its input, names, shapes and values."""
+    digest = hashlib.sha256(f"{type(encoder).__module__}.{type(encoder).__qualname__}".encode())
+    digest.update(str(getattr(encoder, "name", "")).encode())
+    if hasattr(encoder, "renormalise"):
+        digest.update(str((encoder.renormalise.mean, encoder.renormalise.std)).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sista_pl.checkpoint import image_encoder_of, read_checkpoint, text_encoder_of
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
 from sista_pl.models import ImageEncoder, ProjectionHead, TextEncoder
 from sista_pl.pair import Features
-from sista_pl.weights import image_encoder_of, read_checkpoint, text_encoder_of
 
 
 class JointEncoder(nn.Module):

@@ -192,7 +192,7 @@ class SistaCLI(LightningCLI):
                 "goes on where a run was stopped"
             )
         if config.ckpt_path is not None:
-            from sista_pl.weights import read_checkpoint
+            from sista_pl.checkpoint import read_checkpoint
 
             self._check_task(read_checkpoint(config.ckpt_path), config)
             self.resumed = runs.run_of(Path(config.ckpt_path))

@@ -23,15 +23,16 @@ from torch.nn.functional import normalize
 
 from sista_pl import plugins
 from sista_pl.card import data_lines, figure_lines, metrics_of, phantom_lines
+from sista_pl.checkpoint import image_encoder_of, read_checkpoint
 from sista_pl.data import transforms
 from sista_pl.data.images import read_gray
 from sista_pl.embed import Preparation, preparation
 from sista_pl.errors import BadImage, SistaError
+from sista_pl.exported import file_hash
 from sista_pl.models import IMAGE_ENCODERS
 from sista_pl.models.heads import Projection
 from sista_pl.roundtrip import agree, quiet
 from sista_pl.runs import run_of
-from sista_pl.weights import file_hash, image_encoder_of, read_checkpoint
 
 FILE = "model.ckpt"
 COLUMN = "image"

@@ -9,11 +9,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from sista_pl.checkpoint import load_encoder
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
+from sista_pl.features import encoder_hash
 from sista_pl.models import IMAGE_ENCODERS
 from sista_pl.models.image import freeze_unreached
-from sista_pl.weights import encoder_hash, encoder_spec, load_encoder, load_weights
+from sista_pl.weights import encoder_spec, load_weights
 
 SMALL = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=2, intermediate_size=64, image_size=32)
 MEAN, STD = [0.5307, 0.5, 0.45], [0.2583, 0.25, 0.3]

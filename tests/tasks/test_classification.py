@@ -15,7 +15,7 @@ from sista_tasks.classification.probe import STRENGTHS, fit_probe
 
 from sista_pl.cli import main
 from sista_pl.data.store import Store
-from sista_pl.weights import encoder_hash
+from sista_pl.features import encoder_hash
 
 
 def best(workdir, name="cls_rsna", number="0001"):

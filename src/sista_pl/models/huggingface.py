@@ -19,6 +19,7 @@ from sista_pl.errors import SistaError
 from sista_pl.models.attention import watching
 from sista_pl.models.hub import fetch, offline_where_unreachable
 from sista_pl.models.image import IMAGE_ENCODERS, PREFIX, ImageEncoder, Renormalise, TimmEncoder
+from sista_pl.models.tensors import cover, read_tensors
 from sista_pl.pair import Features
 
 NORMS = ("layernorm", "post_layernorm", "norm")  # what the families call the one behind the last block
@@ -219,14 +220,15 @@ def _open_clip(path: str, image_size: int) -> OpenClipEncoder | None:
     name = found.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name")
     if name is None:
         return None
-    from sista_pl.weights import load_weights
-
     stated = found.get("preprocess_cfg", {})
     encoder = OpenClipEncoder(name, stated.get("mean") or MEAN, stated.get("std") or STD, image_size)
     weights = next((file for file in (fetch(path, name) for name in OPEN_CLIP) if file is not None), None)
     if weights is None:
         raise SistaError(f"image encoder {PREFIX + path!r}: it has no weights; one of {', '.join(OPEN_CLIP)} is needed")
-    load_weights(encoder, {"path": weights, "prefix": "visual.trunk."}, minimum=1.0)
+    coverage = cover(encoder, read_tensors(weights), ["visual.trunk."], str(weights))
+    if coverage.share < 1:
+        raise SistaError(f"image encoder {PREFIX + path!r}: {coverage}; copy the folder again")
+    coverage.load(encoder)
     encoder.weights = path
     return encoder
 

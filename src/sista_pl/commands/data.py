@@ -6,9 +6,6 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-from sista_pl.errors import SistaError
 
 _EPILOG = """\
 From nothing to a store, without any data of your own:
@@ -152,10 +149,11 @@ def _prepare(
     name: str, root: Path, out: Path, size: int, workers: int, shard: tuple[int, int], max_bad: float,
     options: list[str],
 ) -> None:  # fmt: skip
+    from sista_pl.commands.options import parse
     from sista_pl.data.formats import READERS
     from sista_pl.data.prepare import prepare_part
 
-    release = READERS.build({"name": name, "root": root, **_parse(options)})
+    release = READERS.build({"name": name, "root": root, **parse(options)})
     if release.phantom:
         print("PHANTOM DATA: drawn, not taken from patients")
     print(f"{release.version}: {len(release.rows)} images, {len(release.skipped)} left out")
@@ -166,30 +164,6 @@ def _prepare(
         return
     counts = ", ".join(f"{count} {split}" for split, count in store.info["counts"].items())
     print(f"{out}: {len(store)} images ({counts}), {store.info['skipped']} left out, listed in {out}/skipped.csv")
-
-
-def _parse(options: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, KEY.INNER=VALUE to a dict of YAML values."""
-    import yaml
-
-    parsed: dict[str, Any] = {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not key:
-            raise SistaError(f"--option {option}: no KEY=VALUE; write for example --option labels=negbio")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SistaError(f"--option {option}: the value is no YAML; put it in quotes") from None
-        outer, dot, inner = key.partition(".")
-        if dot:
-            group = parsed.setdefault(outer, {})
-            if not isinstance(group, dict):
-                raise SistaError(f"--option {option}: {outer} has a plain value already; give one of the two")
-            group[inner] = value
-        else:
-            parsed[key] = value
-    return parsed
 
 
 def _show(store: Path) -> None:

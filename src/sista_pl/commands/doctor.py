@@ -129,10 +129,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _release(options: argparse.Namespace) -> Any:
-    from sista_pl.commands.data import _parse
+    from sista_pl.commands.options import parse
     from sista_pl.data.formats import READERS
 
-    return READERS.build({"name": options.format, "root": options.path, **_parse(options.options)})
+    return READERS.build({"name": options.format, "root": options.path, **parse(options.options)})
 
 
 def _tokenizer(folder: Path) -> Callable[[list[str]], list[int]]:

@@ -1,8 +1,11 @@
 """The command: light verbs stay light, configurations are found by name, mistakes are one line and exit code 2."""
 
+import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -202,3 +205,41 @@ def test_an_option_before_its_configuration_says_so(capsys, workdir):
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sista: ")]
     assert len(told) == 1
     assert "put --config before the options" in told[0]
+
+
+def fill_by_text():
+    with open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+
+
+def fill_by_array():
+    with open("/dev/full", "wb") as full:
+        np.save(full, np.ones(100_000))
+
+
+def fill_by_table():
+    with sqlite3.connect(":memory:") as database:
+        database.execute("PRAGMA max_page_count = 2")
+        database.execute("CREATE TABLE t (x TEXT)")
+        database.execute("INSERT INTO t VALUES (?)", ["x" * 100_000])
+
+
+@pytest.mark.parametrize("fill", [fill_by_text, fill_by_array, fill_by_table])
+def test_a_full_disk_is_one_line_under_whatever_was_raised_from_it(fill, capsys, monkeypatch):
+    def wrapped(argv):
+        try:
+            fill()
+        except Exception as why:
+            raise RuntimeError("the run failed") from why
+
+    for dispatch in (lambda argv: fill(), wrapped):
+        monkeypatch.setattr("sista_pl.cli._dispatch", dispatch)
+        assert main(["fit"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "the disk is full; free some space" in line
+
+
+def test_another_error_is_not_taken_for_a_full_disk(monkeypatch):
+    monkeypatch.setattr("sista_pl.cli._dispatch", lambda argv: Path("nowhere/at/all").read_text())
+    with pytest.raises(FileNotFoundError):
+        main(["fit"])

@@ -7,7 +7,6 @@ sweep that was stopped goes on where it was.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from sista_pl import runs
+from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 from sista_pl.sweep import PRETRAIN, Cell, Sweep
 
@@ -68,9 +68,8 @@ class Book:
         mark = self.mark(cell)
         mark.parent.mkdir(parents=True, exist_ok=True)
         told = {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)}
-        partial = mark.with_suffix(".partial")
-        partial.write_text(json.dumps(told, indent=2) + "\n")
-        partial.replace(mark)
+        with writing(mark) as partial:
+            partial.write_text(json.dumps(told, indent=2) + "\n")
 
     def table(self, sweep: Sweep) -> pd.DataFrame:
         """Return a row for each cell and figure of its test: method, task, fraction, seed, metric, value, low, high.
@@ -117,7 +116,6 @@ class Book:
         frames = [("figures.csv", table), ("cells.csv", tested.drop_duplicates())]
         frames += [("tuning.csv", self.tuned(sweep))] if sweep.tune is not None else []
         for name, frame in frames:
-            partial = self.root / f".{name}.{os.getpid()}.partial"  # tasks of an array job write it, too
-            frame.to_csv(partial, index=False)
-            partial.replace(self.root / name)
+            with writing(self.root / name) as partial:
+                frame.to_csv(partial, index=False)
         return self.root / "cells.csv"

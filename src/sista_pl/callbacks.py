@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import MLFlowLogger
 from rich.console import Console
 
 from sista_pl import tracking
+from sista_pl.atomic import writing
 from sista_pl.distributed import rank, world_size
 from sista_pl.errors import SistaError
 from sista_pl.runs import CHECKPOINTS, new_run
@@ -172,9 +173,8 @@ class Results(Callback):
             plain = not any(isinstance(value, (np.ndarray, list, dict)) for value in table.head(1).to_numpy().ravel())
             for suffix in (".parquet", ".csv") if plain else (".parquet",):
                 path = self.folder.path / f"{name}{part}{suffix}"
-                partial = path.with_suffix(".partial")
-                table.to_csv(partial, index=False) if suffix == ".csv" else table.to_parquet(partial, index=False)
-                partial.replace(path)
+                with writing(path) as partial:
+                    table.to_csv(partial, index=False) if suffix == ".csv" else table.to_parquet(partial, index=False)
             Console().print(f"{name}: {path.with_suffix('.parquet')}, {len(table)} rows", soft_wrap=True)
 
     def _write(self, trainer: Trainer, task: LightningModule, figures: dict, name: str = "metrics.json") -> Path:
@@ -182,9 +182,8 @@ class Results(Callback):
         facts = {"config": self.folder.name, "monitor": task.monitor, **_data_facts(trainer), "seed": _seed(),
                  "devices": trainer.world_size, "precision": str(trainer.precision),
                  "versions": tracking.versions()}  # fmt: skip
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(facts | figures, indent=2, default=tracking.describe) + "\n")
-        partial.replace(path)
+        with writing(path) as partial:
+            partial.write_text(json.dumps(facts | figures, indent=2, default=tracking.describe) + "\n")
         tracking.publish(trainer, path)
         return path
 

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
-from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.errors import SistaError, did_you_mean, disk_full
 
 TRAINER_VERBS = {
     "fit": "train a task",
@@ -44,7 +45,7 @@ first steps:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit code: 0, or 2 for a user's mistake, told in one line.
+    """Run a verb and return the exit code: 0, or 2 for a user's mistake or a full disk, told in one line.
 
     `fit … --then test …` runs one after the other, as far as they succeed, and imports the libraries once.
     """
@@ -58,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(argv)
     except SistaError as why:
         print(f"sista: {why}", file=sys.stderr)
+        return 2
+    except Exception as why:
+        if not disk_full(why):
+            raise
+        where = getattr(why, "filename", None) or Path.cwd()
+        print(
+            f"sista: {where}: the disk is full; free some space and give the same command again (a fit goes on with "
+            "--ckpt_path auto)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("sista: interrupted", file=sys.stderr)

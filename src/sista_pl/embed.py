@@ -6,8 +6,6 @@ B films, E joint dimension, D dimension of the encoder, H W pixels.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from sista_pl import plugins
+from sista_pl.atomic import writing
 from sista_pl.checkpoint import read_checkpoint
 from sista_pl.data import transforms
 from sista_pl.data.images import read_gray
@@ -255,10 +254,10 @@ def embed(
     if films.has_texts:
         fields.append(pa.field("text_embedding", pa.list_(pa.float32(), dims[1])))
     schema = pa.schema(fields, {"sista": json.dumps(facts or {})})
-    partial, rows, bad = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial"), 0, []
+    rows, bad = 0, []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(partial, schema) as writer:
+        with writing(out) as partial, pq.ParquetWriter(partial, schema) as writer:
             for batch in films.batches(batch_size):
                 bad += batch.unreadable
                 if len(batch.images):
@@ -269,14 +268,11 @@ def embed(
                     writer.write_table(pa.Table.from_arrays(columns, schema=schema))
                     rows += len(batch.images)
                 advance(len(batch.images) + len(batch.unreadable))
-        if not rows:
-            raise SistaError(f"no film can be read; the first: {bad[0][0]}: {bad[0][1]}; JPEG, PNG and DICOM are read")
-        os.replace(partial, out)
+            if not rows:
+                told = f"{bad[0][0]}: {bad[0][1]}"
+                raise SistaError(f"no film can be read; the first: {told}; JPEG, PNG and DICOM are read")
     except OSError as why:
         raise SistaError(f"{out}: cannot be written ({why.strerror or why}); give --out another file") from None
-    finally:
-        if partial.exists():
-            partial.unlink()
     return rows, bad
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
 
@@ -26,3 +28,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it was raised from, is that of a full disk, or of a full quota."""
+    while error is not None:
+        # numpy's and SQLite's have no errno
+        told = re.search(r"^\d+ requested and \d+ written|database or disk is full", str(error))
+        if told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

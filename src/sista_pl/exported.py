@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 from sista_pl.models.image import ImageEncoder, TimmEncoder
 
@@ -37,15 +38,14 @@ def export_timm(encoder: ImageEncoder, folder: Path, image_size: int) -> Path | 
         return None
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.model.state_dict().items()}
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial)
     config = {
         "architecture": encoder.name, "num_classes": 0, "num_features": encoder.dim,
         "pretrained_cfg": {"input_size": [encoder.in_chans, image_size, image_size],
                            "mean": encoder.renormalise.mean, "std": encoder.renormalise.std},
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(folder / "model.safetensors")
+    with writing(folder / "model.safetensors") as partial:
+        save_file(tensors, partial)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 

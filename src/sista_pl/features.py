@@ -6,7 +6,6 @@ N rows, D dimension of `pooled`.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from sista_pl import distributed
+from sista_pl.atomic import writing
 from sista_pl.data import transforms
 from sista_pl.data.store import Store
 from sista_pl.models import ImageEncoder
@@ -74,10 +74,8 @@ def cached(
         found[missing] = extract(encoder, store, missing, crop, batch_size, progress and len(missing) > 500)
     if len(missing) and distributed.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        with partial.open("wb") as out:
+        with writing(file) as partial, partial.open("wb") as out:
             np.save(out, found)
-        partial.replace(file)
     return found
 
 

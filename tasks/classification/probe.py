@@ -6,7 +6,8 @@ N images, D features, K classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +34,11 @@ def fit_probe(
     scale[scale < 1e-8] = 1.0
     standard = (features - mean) / scale
     fit = _fit_exclusive if exclusive else _fit_each
+    # each strength begins where the one before, which asks for smaller weights, ended
+    models = [_model() for _ in range(1 if exclusive else labels.shape[1])]
     best = None
     for strength in STRENGTHS:
-        weight, bias = fit(standard, labels, strength)
+        weight, bias = fit(standard, labels, [model.set_params(C=strength) for model in models])
         folded = (weight / scale, bias - (weight / scale) @ mean)
         value = worth(*folded)
         if best is None or value > best[0]:
@@ -44,29 +47,34 @@ def fit_probe(
     return best[1], best[2], best[3]
 
 
-def _regression(features: np.ndarray, target: np.ndarray, strength: float):
-    from sklearn.exceptions import ConvergenceWarning
+def _model() -> Any:
     from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=500, warm_start=True)
+
+
+def _regression(model: Any, features: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # far from convergence only for the weakest penalties, which validation then does not choose
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=500).fit(features, target)
+        model.fit(features, target)
+    return model.coef_, model.intercept_
 
 
-def _fit_each(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def _fit_each(features: np.ndarray, labels: np.ndarray, models: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.zeros(labels.shape[1])
     for k, target in enumerate(labels.T):
         known = ~np.isnan(target)
         if len(np.unique(target[known])) == 2:
-            model = _regression(features[known], target[known], strength)
-            weight[k], bias[k] = model.coef_[0], model.intercept_[0]
+            weight[k : k + 1], bias[k : k + 1] = _regression(models[k], features[known], target[known])
         elif known.any():
             bias[k] = 4.0 if target[known][0] == 1 else -4.0  # all alike: nothing to learn but that
     return weight, bias
 
 
-def _fit_exclusive(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def _fit_exclusive(features: np.ndarray, labels: np.ndarray, models: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     known = ~np.isnan(labels).any(1)
     target = labels[known].argmax(1)
     classes = np.unique(target)
@@ -74,9 +82,9 @@ def _fit_exclusive(features: np.ndarray, labels: np.ndarray, strength: float) ->
     if len(classes) == 1:
         bias[classes] = 0.0
         return weight, bias
-    model = _regression(features[known], target, strength)
+    found = _regression(models[0], features[known], target)
     if len(classes) == 2:  # scikit-learn gives one row then, the second against the first
-        weight[classes[1]], bias[classes] = model.coef_[0], (0.0, model.intercept_[0])
+        weight[classes[1]], bias[classes] = found[0][0], (0.0, found[1][0])
     else:
-        weight[classes], bias[classes] = model.coef_, model.intercept_
+        weight[classes], bias[classes] = found
     return weight, bias

@@ -7,10 +7,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 
 if TYPE_CHECKING:
@@ -249,10 +250,9 @@ def _write(out: Path, files: dict[str, str]) -> None:
     """Write all under another name, then put them in the place of the last ones."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (out / f"{name}.partial").write_text(text, encoding="utf-8")
-        for name in files:
-            (out / f"{name}.partial").replace(out / name)
+        with ExitStack() as all_of_them:
+            for name, text in files.items():
+                all_of_them.enter_context(writing(out / name)).write_text(text, encoding="utf-8")
     except OSError as why:
         raise SistaError(f"{out}: cannot be written ({why.strerror}); give --out another folder") from None
 

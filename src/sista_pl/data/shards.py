@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sista_pl.atomic import writing
 from sista_pl.data.formats import SPLITS, Release, Row
 from sista_pl.data.images import IGNORE, BadImage, fit, fit_box, fit_mask, image_size, read_gray, read_mask
 from sista_pl.data.masks import Rle
@@ -38,8 +38,9 @@ RESIZE = "long side to size (JPEG draft, Lanczos), centred, padded with 0; masks
 MAX_SHARD_BYTES = 2**30
 # What the working folder may hold; the rest is somebody's and is not deleted.
 _OURS = re.compile(
-    r"\.lock(-\d+of\d+)?|(shard-\d+\.json|(images|masks)-\d+\.npy|manifest\.parquet|skipped\.csv|files\.json|store\.json)"
-    r"(\.[0-9a-f]{8}\.tmp)?"
+    r"\.lock(-\d+of\d+)?|"
+    r"\.?(shard-\d+\.json|(images|masks)-\d+\.npy|manifest\.parquet|skipped\.csv|files\.json|store\.json)"
+    r"(\.[0-9a-f]{8}\.partial)?"
 )
 
 
@@ -49,16 +50,14 @@ def relative(release: Release, path: Path) -> str:
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file under a temporary name and rename it; return its size and SHA-256."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     digest, size = hashlib.sha256(), 0
-    with temporary.open("wb") as file:
+    with writing(path) as partial, partial.open("wb") as file:
         for part in parts:
             file.write(part)
             digest.update(part)
             size += len(part)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

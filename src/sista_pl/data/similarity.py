@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sista_pl.atomic import writing
 from sista_pl.data.findings import finding_vectors
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.registry import Registry
@@ -347,13 +346,5 @@ def _save(similarity: Similarity, path: Path) -> None:
     """Write atomically: of several processes that compute the same, each leaves a whole file."""
     figures = {k: v for k, v in asdict(similarity).items() if k not in ("vectors", "sample")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{uuid.uuid4().hex}.part")
-    try:
-        with part.open("wb") as stream:
-            np.savez_compressed(
-                stream, vectors=similarity.vectors, sample=similarity.sample, figures=json.dumps(figures)
-            )
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with writing(path) as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, vectors=similarity.vectors, sample=similarity.sample, figures=json.dumps(figures))

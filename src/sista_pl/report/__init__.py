@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sista_pl import compare, stored
+from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 from sista_pl.report.found import Findings, by_finding, findings_of, kept
 from sista_pl.report.swept import Swept, write_plan
@@ -101,11 +101,10 @@ def write(path: Path, html: str) -> Path:
     Raises:
         SistaError: it can't be written there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # tasks of an array job write it, too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
+        with writing(path) as partial:
+            partial.write_text(html, encoding="utf-8")
     except OSError as why:
         raise SistaError(f"{path}: cannot be written ({why.strerror}); give --out another file") from None
     return path

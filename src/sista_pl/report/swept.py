@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import pandas as pd
 import yaml
 
 from sista_pl import runs
+from sista_pl.atomic import writing
 from sista_pl.book import Book
 from sista_pl.errors import SistaError
 from sista_pl.stored import PREDICTIONS, Run
@@ -28,11 +28,10 @@ def write_plan(root: Path, sweep: Sweep) -> Path:
     told = {"schema": SCHEMA, "name": sweep.name, "reference": sweep.reference,
             "tuning": sweep.tune.told() if sweep.tune is not None else "",
             "cells": [asdict(cell) for cell in sweep.cells() if cell.setting is None]}  # fmt: skip
-    partial = root / f".{PLAN}.{os.getpid()}.partial"  # tasks of an array job write it, too
     try:
         root.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        partial.replace(root / PLAN)
+        with writing(root / PLAN) as partial:
+            partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     except OSError as why:
         raise SistaError(f"sweep: {root} cannot be written ({why.strerror}); give --out another folder") from None
     return root / PLAN

@@ -6,8 +6,6 @@ import argparse
 import fcntl
 import os
 import shlex
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sista_pl import runs
 from sista_pl.book import Book
 from sista_pl.cli import THEN
+from sista_pl.commands.worker import Worker
 from sista_pl.errors import SistaError
 from sista_pl.sweep import PRETRAIN, Cell, Sweep, read_sweep
 
@@ -122,14 +121,16 @@ def _tell(sweep: Sweep, book: Book, part: tuple[int, int]) -> int:
 
 
 class _Run:
-    """Runs cells as child processes, each after the pre-training that it needs."""
+    """Runs cells in child processes that import the libraries once, each cell after the pre-training that it needs."""
 
     def __init__(self, sweep: Sweep, book: Book, jobs: int, devices: int, keep_going: bool):
         self.sweep, self.book, self.jobs, self.keep_going = sweep, book, jobs, keep_going
-        self.free = deque(range(devices))
+        # each worker has a device, where there are any; one whose cell failed has ended, and its device gets another
+        self.devices: deque[int | None] = deque([*range(devices), *[None] * (jobs - devices)])
+        self.idle: deque[tuple[Worker, int | None]] = deque()
+        self.busy: set[Worker] = set()
         self.failed: list[tuple[Cell, str]] = []
         self.stop = threading.Event()
-        self.children: set[subprocess.Popen] = set()
 
     def all(self, cells: list[Cell]) -> list[tuple[Cell, str]]:
         """Run what is not done yet; return what failed, and why."""
@@ -158,9 +159,13 @@ class _Run:
                         waiting = []
             except KeyboardInterrupt:
                 self.stop.set()
-                for child in list(self.children):
-                    child.terminate()
+                for worker in list(self.busy):
+                    worker.process.terminate()
                 raise
+            finally:
+                pool.shutdown()
+                for worker, _ in self.idle:
+                    worker.end()
         return self.failed
 
     def ready(self, cell: Cell) -> bool:
@@ -192,33 +197,41 @@ class _Run:
         return [*command, "--ckpt_path", "last"] if command[0] == "fit" else command
 
     def child(self, cell: Cell, commands: list[list[str]], sink, release) -> int:
-        """Run commands in a process of their own, which imports the libraries once; return the exit code."""
-        device = self.free.popleft() if self.free else None
-        environment = dict(os.environ)
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
-        elif self.jobs > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        """Run commands in a worker; return the exit code."""
         words: list[str] = []
         for command in commands:
             words += [*([THEN] if words else []), *command, "--trainer.enable_progress_bar", "false"]
             if not any(word.startswith("--trainer.logger") for word in command):
                 words += ["--trainer.logger.init_args.experiment_name", self.sweep.name]
+        worker, device = self.worker()
+        self.busy.add(worker)
+        code = None
         try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "sista_pl", *words], stdout=sink, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, env=environment,
-            )  # fmt: skip
-            self.children.add(child)
-            while child.poll() is None and not self.stop.is_set():
-                time.sleep(0.2)
+            worker.start(words, Path(sink.name))
+            while (code := worker.code(0.2)) is None:
                 if (found := runs.runs_of(self.book.runs, cell.name)) and (found[-1] / "config.yaml").is_file():
                     release()
-            return child.wait()
+            return code
         finally:
-            self.children.discard(child)
-            if device is not None:
-                self.free.append(device)
+            self.busy.discard(worker)
+            if code == 0:
+                self.idle.append((worker, device))
+            else:
+                worker.end()
+                self.devices.append(device)
+
+    def worker(self) -> tuple[Worker, int | None]:
+        """Return a worker that waits for a cell, or a new one, and its device."""
+        try:
+            return self.idle.popleft()
+        except IndexError:
+            device = self.devices.popleft()
+        environment = dict(os.environ)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        elif self.jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        return Worker(environment), device
 
     @contextmanager
     def prepared(self, cell: Cell) -> Iterator:

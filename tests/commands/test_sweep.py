@@ -53,10 +53,12 @@ def stand_in(ran: list[str], broken: str = "", gate: threading.Barrier | None = 
     return child
 
 
-def test_pretrainings_come_before_their_tasks_and_nothing_runs_twice(file, monkeypatch):
+def test_pretrainings_come_before_their_tasks_and_nothing_runs_twice(file, monkeypatch, capsys):
     ran: list[str] = []
     monkeypatch.setattr(command._Run, "child", stand_in(ran))
     assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if " min: " in line]
+    assert [line.split(",")[0] for line in told] == [f"{n} of 10" for n in range(1, 11)]
     assert len(ran) == len(set(ran)) == 2 * (2 * 2 * 2 + 2)  # fit and test of eight task cells and two pre-trainings
     for seed in (0, 1):
         assert ran.index(f"test clip-{seed}") < ran.index(f"fit clip-{seed}-siim-0.1")

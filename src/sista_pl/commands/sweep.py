@@ -136,7 +136,8 @@ class _Run:
         """Run what is not done yet; return what failed, and why."""
         waiting = [cell for cell in cells if not self.ready(cell) or not self.book.done(self.sweep, cell)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar, ThreadPoolExecutor(self.jobs) as pool:
+        console, began = Console(stderr=True), time.monotonic()
+        with Progress(*columns, console=console) as bar, ThreadPoolExecutor(self.jobs) as pool:
             told = bar.add_task("cells", total=len(cells), completed=len(cells) - len(waiting))
             running: dict = {}
             try:
@@ -154,6 +155,10 @@ class _Run:
                             self.failed.append((cell, why))
                         else:
                             bar.advance(told)
+                            if not console.is_terminal:  # a bar would say nothing until the end
+                                minutes = (time.monotonic() - began) / 60
+                                done = int(bar.tasks[told].completed)
+                                console.print(f"{done} of {len(cells)}, {minutes:.0f} min: {cell.name}", soft_wrap=True)
                             self.book.write_table(self.sweep)
                     if self.failed and not self.keep_going:
                         waiting = []

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sista_pl import plugins
+
 PACKAGE = {
     "pyproject.toml": """
 [build-system]
@@ -113,3 +115,24 @@ def test_its_task_loss_and_encoder_train_by_yaml(environment, tiny, workdir):
     run = sista(environment, "fit", "--config", "acme.yaml", *tiny, "--trainer.limit_train_batches", "2", cwd=workdir)
     assert run.returncode == 0, run.stderr
     assert (workdir / "runs" / "acme" / "0001" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_the_code_of_plugins_is_in_the_hash(tmp_path, monkeypatch):
+    alone = plugins.code_hash.__wrapped__()
+    module = tmp_path / "sista_extra.py"
+    module.write_text("A = 1\n")
+    info = tmp_path / "sista_extra-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: sista-extra\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[sista.plugins]\nextra = sista_extra\nbroken = sista_absent.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = dict(plugins.sources())
+    assert found["sista_extra"] == module
+    assert {"sista_pl/cli.py", "sista_pl/commands/sweep.py", "sista_tasks/segmentation/task.py"} < set(found)
+    assert "sista_extra" not in sys.modules
+    one = plugins.code_hash.__wrapped__()
+    module.write_text("A = 2\n")
+    two = plugins.code_hash.__wrapped__()
+    assert len({alone, one, two}) == 3
+    module.write_text("A = 1\n")
+    assert plugins.code_hash.__wrapped__() == one

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sista_pl import packaged
-from sista_pl.book import Book
+from sista_pl.book import Book, mixed
 from sista_pl.errors import SistaError
 from sista_pl.sweep import Cell, read_sweep
 
@@ -32,14 +32,16 @@ def file(tmp_path) -> Path:
     return path
 
 
-def finish(book: Book, sweep, cell: Cell, value: float = 0.5) -> None:
+def finish(book: Book, sweep, cell: Cell, value: float = 0.5, code: str = "0a1b2c") -> None:
     """Put down what the commands of a cell would leave."""
     run = book.runs / cell.name / "0001"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "best.ckpt").touch()
     (run / "test").mkdir()
     figure = {"value": value, "interval95": [value - 0.1, value + 0.1], "n": 9}
-    (run / "test" / "metrics.json").write_text(json.dumps({"intervals": {"test/auroc_macro": figure}}))
+    (run / "test" / "metrics.json").write_text(
+        json.dumps({"intervals": {"test/auroc_macro": figure}, "versions": {"code": code}})
+    )
     if cell.task is not None:
         (run / "test" / "predictions.parquet").touch()
     book.finish(sweep, cell, 1.0)
@@ -186,6 +188,17 @@ def test_the_tables(file, tmp_path):
     assert told[1].startswith("clip,pretrain,,0,auroc_macro,0.25,0.15,0.35,")
     assert told[2].startswith("clip,siim,0.1,0,auroc_macro,0.75,0.65,0.85,runs/")
     assert len(told) == 3
+    assert all(line.endswith(",0a1b2c") for line in told[1:])
+
+
+def test_cells_of_code_that_differs_are_told(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    assert mixed(book.table(sweep)) == ""
+    finish(book, sweep, Cell("clip", 0))
+    finish(book, sweep, Cell("clip", 0, "siim", 0.1))
+    assert mixed(book.table(sweep)) == ""
+    finish(book, sweep, Cell("clip", 7), code="ffffff")
+    assert "(2 by 0a1b2c, 1 by ffffff; figures.csv has which)" in mixed(book.table(sweep))
 
 
 TUNE = "tune: {options: {model.lr: [0.1, 0.2], data.batch_size: [8, 16]}, task: siim}\nseeds:"

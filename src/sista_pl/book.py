@@ -74,7 +74,8 @@ class Book:
     def table(self, sweep: Sweep) -> pd.DataFrame:
         """Return a row for each cell and figure of its test: method, task, fraction, seed, metric, value, low, high.
 
-        `predictions` is the file, relative to the sweep's folder, that the figures of a task were computed on.
+        `predictions` is the file, relative to the sweep's folder, that the figures of a task were computed on; `code`
+        is the hash of the code that tested it, "" where the test was made before that was kept.
         """
         rows = []
         for cell in sweep.cells():
@@ -89,8 +90,9 @@ class Book:
                     "method": cell.method, "task": cell.task or PRETRAIN, "fraction": cell.fraction, "seed": cell.seed,
                     "metric": metric.removeprefix("test/"), "value": figure["value"], "low": low, "high": high,
                     "predictions": predictions.relative_to(self.root).as_posix() if predictions.is_file() else None,
+                    "code": (told.get("versions") or {}).get("code", ""),
                 })  # fmt: skip
-        columns = ["method", "task", "fraction", "seed", "metric", "value", "low", "high", "predictions"]
+        columns = ["method", "task", "fraction", "seed", "metric", "value", "low", "high", "predictions", "code"]
         return pd.DataFrame(rows, columns=columns)
 
     def tuned(self, sweep: Sweep) -> pd.DataFrame:
@@ -119,3 +121,15 @@ class Book:
             with writing(self.root / name) as partial:
                 frame.to_csv(partial, index=False)
         return self.root / "cells.csv"
+
+
+def mixed(figures: pd.DataFrame) -> str:
+    """Return a line where the cells of `Book.table` were tested by code that differs, "" where by the same."""
+    counts = figures.drop_duplicates(["method", "task", "fraction", "seed"])["code"].value_counts()
+    if len(counts) < 2:
+        return ""
+    told = ", ".join(f"{count} by {code or 'code before it was noted'}" for code, count in counts.items())
+    return (
+        f"the cells were tested by code that differs ({told}; figures.csv has which): delete done/CELL.json and "
+        "runs/CELL of some, and run the sweep again, to have them by the code as it is"
+    )

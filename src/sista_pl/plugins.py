@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 TASKS, PLUGINS = "sista.tasks", "sista.plugins"
@@ -22,6 +25,30 @@ def task_entries() -> dict[str, EntryPoint]:
 def plugin_entries() -> dict[str, EntryPoint]:
     """Return the installed plug-in modules by name, from metadata alone."""
     return {entry.name: entry for entry in sorted(entry_points(group=PLUGINS), key=lambda e: e.name)}
+
+
+def sources() -> list[tuple[str, Path]]:
+    """Return name and file of the Python sources of this package, the installed tasks and plug-ins, unimported."""
+    found = []
+    entries = [*task_entries().values(), *plugin_entries().values()]
+    for package in sorted({__package__, *(entry.module.partition(".")[0] for entry in entries)}):
+        spec = find_spec(package)
+        if spec is None:  # its warning comes when it is loaded
+            continue
+        for folder in map(Path, spec.submodule_search_locations or ()):
+            found += [(f"{package}/{p.relative_to(folder).as_posix()}", p) for p in sorted(folder.rglob("*.py"))]
+        if not spec.submodule_search_locations and spec.origin:
+            found.append((package, Path(spec.origin)))
+    return found
+
+
+@cache
+def code_hash() -> str:
+    """Return 12 digits of the SHA-256 of `sources()`: results of two hashes were made by code that differs."""
+    digest = sha256()
+    for name, path in sources():
+        digest.update(f"{name}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 @cache

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import MLFlowLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from sista_pl.errors import SistaError
+from sista_pl.plugins import code_hash
 from sista_pl.privacy import check_destination, told, without_ids
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def record_run(trainer: Trainer, config_path: Path, name: str) -> None:
     logger = trainer.logger
     if not isinstance(logger, MLFlowLogger):
         return
-    tags = {f"version.{package}": _version(package) for package in PACKAGES}
+    tags = {f"version.{name}": told for name, told in versions().items()}
     store = getattr(trainer.datamodule, "store", None)
     if store is not None:
         tags |= {
@@ -205,8 +206,8 @@ def record_run(trainer: Trainer, config_path: Path, name: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that make a result."""
-    return {package: _version(package) for package in PACKAGES}
+    """Return the versions of the packages that make a result, and as `code` the hash of our sources and plug-ins'."""
+    return {**{package: _version(package) for package in PACKAGES}, "code": code_hash()}
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sista_pl import runs
-from sista_pl.book import Book
+from sista_pl.book import Book, mixed
 from sista_pl.cli import THEN
 from sista_pl.commands.worker import Worker
 from sista_pl.errors import SistaError
@@ -51,7 +51,7 @@ Where there is `tune`, each method is pre-trained with each of the values, with 
 figure of the task decides; test sets are not looked at, and tuning.csv says what was tried.
 
 The folder then holds cells.csv (a line a cell, what `sista compare --table` reads), figures.csv (each figure of each
-test with its interval), compare.md, report.html (all of it on one page), and the runs, each of them an MLflow run, too.
+test with its interval, and the hash of the code that made it), compare.md, report.html (all of it on one page), and the runs, each of them an MLflow run, too.
 """
 
 
@@ -277,6 +277,8 @@ def _show(sweep: Sweep, book: Book) -> None:
         for _, row in (tried := book.tuned(sweep))[tried["chosen"]].iterrows():
             console.print(f"  {row['method']}: {row['options']}, {row['figure']} {row['value']:.3f}", soft_wrap=True)
     figures = book.table(sweep)
+    if note := mixed(figures):
+        console.print(note, soft_wrap=True)
     pretrained = figures[(figures["task"] == PRETRAIN) & (figures["metric"] == "R_mean")]
     if len(pretrained):
         table = Table("method", "seeds", "R_mean, mean over seeds", title="retrieval of the test split")

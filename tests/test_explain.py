@@ -15,8 +15,9 @@ from sista_pl.data.images import image_size, read_gray
 from sista_pl.data.phantom.dicom import write_dicom
 from sista_pl.embed import Preparation, open_joint
 from sista_pl.errors import SistaError
-from sista_pl.explain import AllAttention, Frame, ask, look, read_film, roll_out, show_film
+from sista_pl.explain import Frame, ask, look, read_film, show_film
 from sista_pl.models import ImageEncoder
+from sista_pl.models.attention import AllAttention, roll_out
 from sista_pl.pair import Features
 from sista_pl.pretrain import PretrainTask
 
@@ -217,20 +218,6 @@ def test_without_a_token_loss_the_pooled_projection_is_said_and_shown(folder):
     last = joint.image_encoder.pyramid(image)[-1][0].flatten(1).T  # P D
     expected = F.cosine_similarity(joint.image_head.pooled(last), joint.encode_text(["left effusion"]).pooled)
     assert np.allclose(found.whole.ravel(), expected, atol=1e-5)
-
-
-def test_roll_out_step_by_step():
-    draw = np.random.default_rng(0)
-    layers = [draw.random((6, 6)) for _ in range(3)]
-    layers = [layer / layer.sum(1, keepdims=True) for layer in layers]
-    rolled = np.eye(6)
-    for layer in layers:
-        rolled = (0.5 * layer + 0.5 * np.eye(6)) @ rolled
-    given = [torch.from_numpy(layer).float() for layer in layers]
-    assert np.allclose(roll_out(given, 4), rolled[0, 2:], atol=1e-6)
-    assert np.allclose(roll_out(given, 4, class_token=False), rolled[2:, 2:].mean(0), atol=1e-6)
-    assert roll_out([], 4) is None
-    assert roll_out([*given, torch.eye(5)], 4) is None
 
 
 @torch.no_grad()

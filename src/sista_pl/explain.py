@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from sista_pl.data import transforms
 from sista_pl.data.images import _scaled, fit, read_gray
 from sista_pl.embed import Joint, Preparation
 from sista_pl.errors import SistaError
 from sista_pl.losses.token import SparseTokenAlignment
+from sista_pl.models.attention import AllAttention, roll_out
 from sista_pl.models.image import TimmEncoder
 from sista_pl.models.tokens import surfaces
 from sista_pl.similarity_map import content_words, similarity_map
@@ -177,57 +175,6 @@ def _pooled_cells(joint: Joint, image: Tensor, local: Tensor) -> Tensor:
         f"checkpoint: its losses compare no words with patches, and {getattr(encoder, 'name', 'its encoder')!r} pools "
         "films in a way that has no map; nothing can be shown, train with a token loss (`sista list losses`)"
     )
-
-
-class AllAttention(TorchFunctionMode):
-    """Sees each call of `scaled_dot_product_attention` of a token with all tokens, and keeps its weights.
-
-    Attributes:
-        seen: a layer each, (T, T), mean over the heads of the first image; rows sum to 1.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._keep(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _keep(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> None:  # fmt: skip
-        # a pooling head asks with one token; windows and masks have no single row for a patch
-        if query.ndim != 4 or query.shape != key.shape or len(query) != 1 or attn_mask is not None or is_causal:
-            return
-        scores = query[0].float() @ key[0].float().transpose(1, 2)  # heads T T
-        self.seen.append((scores * (query.shape[3] ** -0.5 if scale is None else scale)).softmax(2).mean(0))
-
-
-def roll_out(layers: list[Tensor], patches: int, class_token: bool = True) -> Tensor | None:
-    """Return how much of each patch reaches the class token, or the mean token, through all layers: (P,).
-
-    Abnar & Zuidema 2020 (arXiv 2005.00928): the product over the layers of (A + I) / 2.
-
-    Args:
-        layers: (T, T) attention, the first layer first; class and register tokens before the patches.
-        patches: P.
-        class_token: whether the first token is pooled; else the patches' mean is.
-
-    Returns:
-        None where the layers have no attention over all tokens, or not the same one.
-    """
-    if not layers or len({len(layer) for layer in layers}) != 1 or len(layers[0]) < patches:
-        return None
-    prefix = len(layers[0]) - patches
-    rolled = torch.eye(len(layers[0]), device=layers[0].device)
-    for layer in layers:
-        rolled = (layer + torch.eye(len(layer), device=layer.device)) / 2 @ rolled
-    row = rolled[0] if class_token and prefix else rolled[prefix:].mean(0)
-    return row[prefix:]
 
 
 # --- the way back to the original's pixels ------------------------------------------

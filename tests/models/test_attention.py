@@ -1,13 +1,15 @@
-"""The class token's attention: what the eager models give, read without leaving the fused kernels."""
+"""Attention: what the eager models give, read without leaving the fused kernels, and the roll-out through layers."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from sista_pl.errors import SistaError
 from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS, ProjectionHead
+from sista_pl.models.attention import roll_out
 from sista_pl.models.huggingface import HuggingFaceEncoder
 from sista_pl.models.image import ImageEncoder
 from sista_pl.models.text import TextEncoder, train_wordpiece
@@ -203,3 +205,17 @@ def test_heads_pass_it_on(tokens):
     assert head(given, tokens).attention is attention
     given.attention = None
     assert head(given, tokens).attention is None
+
+
+def test_roll_out_step_by_step():
+    draw = np.random.default_rng(0)
+    layers = [draw.random((6, 6)) for _ in range(3)]
+    layers = [layer / layer.sum(1, keepdims=True) for layer in layers]
+    rolled = np.eye(6)
+    for layer in layers:
+        rolled = (0.5 * layer + 0.5 * np.eye(6)) @ rolled
+    given = [torch.from_numpy(layer).float() for layer in layers]
+    assert np.allclose(roll_out(given, 4), rolled[0, 2:], atol=1e-6)
+    assert np.allclose(roll_out(given, 4, class_token=False), rolled[2:, 2:].mean(0), atol=1e-6)
+    assert roll_out([], 4) is None
+    assert roll_out([*given, torch.eye(5)], 4) is None

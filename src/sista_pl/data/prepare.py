@@ -23,7 +23,7 @@ from typing import Any
 from sista_pl.data.formats import Release
 from sista_pl.data.shards import RESIZE, Shards, relative
 from sista_pl.data.store import SCHEMA, Store
-from sista_pl.errors import SistaError
+from sista_pl.errors import SistaError, disk_full
 
 
 def prepare(
@@ -120,7 +120,7 @@ def prepare_part(
     except OSError as why:
         if why.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise SistaError(f"{out}: cannot be written ({why.strerror}); give another folder") from None
-        if why.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_full(why):
             raise
         raise SistaError(f"{out}: disk full; free some space and run again, {partial} goes on from there") from None
     return Store.open(out)

@@ -108,7 +108,7 @@ def test_a_folder_says_what_was_wanted_and_what_is_done(half):
     (half / "done" / "sista-1-cls-1.json").unlink()
     shutil.rmtree(half / "runs" / "clip-0" / "0001" / "test")  # a mark without its test is not done
     swept = Swept.open(half)
-    assert (swept.name, swept.reference, swept.complete) == ("mine", "clip", True)
+    assert (swept.name, swept.reference) == ("mine", "clip")
     assert swept.wanted == sweep().cells()
     assert {c.name for c in swept.wanted} - {c.name for c in swept.done} == {"sista-1-cls-1", "clip-0"}
     assert swept.settings == [("cls", 0.1), ("cls", 1.0), ("seg", 0.1)]
@@ -127,19 +127,13 @@ def test_the_newest_run_with_a_test_counts(half):
     assert Swept.open(half).run(cell) == half / "runs/clip-1/0002"
 
 
-def test_a_folder_without_a_plan_is_reported_as_far_as_it_says(half):
-    (half / "sweep.json").unlink()
-    with pytest.raises(SistaError, match=r"neither sweep.json nor figures.csv.*--config"):
+def test_a_folder_without_a_plan_is_no_sweeps(half):
+    (half / "sweep.json").write_text('{"name": "mine"}')
+    with pytest.raises(SistaError, match=r"sweep.json can't be read \('cells'\); run its sweep again"):
         Swept.open(half)
-    sweep_cells = [(c.method, c.task or "pretrain", c.fraction, c.seed) for c in sweep().cells()]
-    pd.DataFrame(sweep_cells, columns=["method", "task", "fraction", "seed"]).to_csv(half / "figures.csv", index=False)
-    swept = Swept.open(half)
-    assert (swept.wanted, swept.complete) == (sweep().cells(), False)
-    assert "does not say which cells the sweep wants" in page(report.gather(swept, DRAWS, words=False))
-    file = half / "again.yaml"
-    file.write_text("methods: {random: null, clip: {}}\ntasks: {seg: {config: seg_siim.yaml}}\nseeds: [0, 1, 2]\n")
-    swept = Swept.open(half, str(file))
-    assert (swept.complete, len(swept.wanted), swept.name) == (True, 3 * 3, "again")
+    (half / "sweep.json").unlink()
+    with pytest.raises(SistaError, match=r"has no sweep.json; run `sista sweep` first"):
+        Swept.open(half)
 
 
 def test_a_path_of_a_run_is_found_from_where_the_sweep_was_run(half, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from sista_pl.book import Book
 from sista_pl.cli import main
 from sista_pl.commands import sweep as sweep_command
+from sista_pl.report.swept import write_plan
 from sista_pl.sweep import read_sweep
 
 SWEEP = """
@@ -36,6 +37,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         pd.DataFrame({"image_id": [f"i{k}" for k in range(30)], "truth_pixels": 50, "predicted_pixels": 60,
                       "intersection_pixels": right}).to_parquet(test / "predictions.parquet")  # fmt: skip
         Book(root).finish(sweep, cell, 1.0)
+    write_plan(root, sweep)
     return root
 
 
@@ -45,7 +47,7 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
-WAY = ("sweeps/mine", "--config", "mine.yaml", "--draws", "100")
+WAY = ("sweeps/mine", "--draws", "100")
 
 
 def test_writes_the_page_and_says_where(folder, capsys):
@@ -70,13 +72,14 @@ def test_notes_are_printed_too(folder, capsys):
 
 
 def test_a_sweep_keeps_its_plan_and_ends_with_the_page(folder, capsys, monkeypatch):
+    (folder / "sweep.json").unlink()
     assert main(["sweep", "--config", "mine.yaml"]) == 0  # all is done already
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "report: sweeps/mine/report.html"
     assert "compare: sweeps/mine/compare.md" in out
     told = json.loads((folder / "sweep.json").read_text())
     assert [cell["method"] for cell in told["cells"]] == ["random", "plain"]
-    assert run(capsys, "sweeps/mine", "--draws", "100")[0] == 0  # without --config from now on
+    assert run(capsys, "sweeps/mine", "--draws", "100")[0] == 0
     # one that has only begun has a plan, too
     monkeypatch.setattr(sweep_command._Run, "child", lambda *_: 2)
     Path("other.yaml").write_text(SWEEP)
@@ -90,13 +93,12 @@ def test_a_sweep_keeps_its_plan_and_ends_with_the_page(folder, capsys, monkeypat
     ("argv", "line"),
     [
         (["sweeps/nothing"], "sweeps/nothing: no such folder"),
-        (["sweeps"], "sweeps has neither sweep.json nor figures.csv"),
+        (["sweeps"], "sweeps has no sweep.json; run `sista sweep` first"),
         ([*WAY, "--out", "mine.pdf"], "--out is mine.pdf; give a file, as report.html"),
         ([*WAY, "--out", "mine.yaml/report.html"], "cannot be written"),
         ([*WAY, "--draws", "5"], "5 draws give no interval"),
-        (["sweeps/mine", "--config", "nothing.yaml"], "config 'nothing.yaml': no such file"),
-        (["broken"], "sweep.json or figures.csv can't be read"),
-        (["cut", "--config", "mine.yaml"], "metrics.json: can't be read"),
+        (["broken"], "sweep.json can't be read"),
+        (["cut"], "metrics.json: can't be read"),
     ],
 )
 def test_mistakes_are_one_line(folder, capsys, argv, line):

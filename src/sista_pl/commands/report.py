@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     from sista_pl import report
     from sista_pl.report.page import page
 
-    swept = report.Swept.open(options.sweep, options.config)
+    swept = report.Swept.open(options.sweep)
     with _bar() as begin:
         found = report.gather(swept, options.draws, options.seed, not options.no_words, begin)
     report.write(out, page(found))
@@ -61,9 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="folder of a sweep, as sweeps/smoke")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="(default: report.html in the folder)")
-    parser.add_argument(
-        "-c", "--config", metavar="SWEEP.yaml", help="the sweep's file, for a folder without sweep.json"
-    )
     parser.add_argument("--draws", type=int, default=2000, metavar="N", help="resamples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
     parser.add_argument("--no-words", action="store_true", help="leave the word maps out, which encode images")

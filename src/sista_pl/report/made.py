@@ -114,11 +114,9 @@ def methods(found: Contents, look: dict[str, Look]) -> str:
         line: list[Entry] = [(named(method, look), None, "name"), (made, None, "soft")]
         for task, share in columns:
             done, wanted = swept.count(method, task, share)
-            told = f"{done} / {wanted}" if swept.complete else str(done)
-            line.append((told if wanted else "–", None, "num"))
+            line.append((f"{done} / {wanted}" if wanted else "–", None, "num"))
         lines.append(line)
-    of = ", of those wanted" if swept.complete else ""
-    told = f"Cells that are done{of}; each is one seed. Options that a file of the sweep gives stand with their value."
+    told = "Cells that are done, of those wanted; each is one seed. Options of a file of the sweep have their value."
     told += f" Tuning: {escape(swept.tuning)}." if swept.tuning else ""
     return parts.table(heads, lines) + parts.soft(told) + _data(swept) + _versions(swept) + _commands(swept)
 

@@ -106,7 +106,7 @@ def _head(found: Contents) -> str:
     shares = ", ".join(f"{100 * share:g}" for share in sorted({share for _, share in swept.settings}))
     seconds = sum(float(swept.mark(cell).get("seconds") or 0) for cell in swept.done)
     counts = [
-        (f"{done} of {wanted}" if swept.complete else str(done), "cells done"),
+        (f"{done} of {wanted}", "cells done"),
         (str(len(swept.methods)), "methods"), (str(len(swept.tasks)), "task" if len(swept.tasks) == 1 else "tasks"),
         (f"{shares} %", "of the labels"), (str(len(swept.seeds)), "seed" if len(swept.seeds) == 1 else "seeds"),
         (parts.duration(seconds), "computed"),
@@ -117,8 +117,6 @@ def _head(found: Contents) -> str:
         short = len(left) <= 6
         told = f": {escape(', '.join(left))}" if short else names
         notes.insert(0, f"{parts.several(len(left), 'cell is', 'cells are')} not done{told}")
-    if not swept.complete:
-        notes.append("the folder does not say which cells the sweep wants; <code>--config</code> does")
     seeds = f"seed{'' if len(swept.seeds) == 1 else 's'} {', '.join(map(str, swept.seeds))}"
     about = f"{', '.join(swept.methods)} on {', '.join(swept.tasks)}; {seeds}"
     if found.reference:

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from sista_pl import runs
@@ -17,7 +16,7 @@ from sista_pl.atomic import writing
 from sista_pl.book import Book
 from sista_pl.errors import SistaError
 from sista_pl.stored import PREDICTIONS, Run
-from sista_pl.sweep import PRETRAIN, Cell, Sweep, read_sweep
+from sista_pl.sweep import Cell, Sweep
 
 PLAN, SCHEMA = "sweep.json", 1
 OWN = ("--name", "--run_root", "--seed_everything", "--data.label_fraction", "--data.fraction_seed", "--model.weights")
@@ -45,47 +44,33 @@ class Swept:
         root: the folder.
         name: of the sweep.
         wanted: its cells, each pre-training before its tasks.
-        reference: the method that the others are set against, or None where the folder doesn't say.
-        complete: whether `wanted` are all cells of the sweep; else it is those that are known to be done.
+        reference: the method that the others are set against.
         tuning: the budget that each method was tuned with, in a line; empty where none was.
     """
 
     root: Path
     name: str
     wanted: list[Cell]
-    reference: str | None = None
-    complete: bool = True
+    reference: str
     tuning: str = ""
 
     @classmethod
-    def open(cls, root: Path, config: str | None = None) -> Swept:
+    def open(cls, root: Path) -> Swept:
         """Read what a sweep left.
-
-        Args:
-            root: its folder.
-            config: its file, where the folder was made before it kept one.
 
         Raises:
             SistaError: no such folder, or nothing of a sweep in it.
         """
         if not root.is_dir():
             raise SistaError(f"report: {root}: no such folder; give that of a sweep, as sweeps/NAME")
-        if config is not None:
-            sweep = read_sweep(config)
-            wanted = [cell for cell in sweep.cells() if cell.setting is None]
-            return cls(root, sweep.name, wanted, sweep.reference, tuning=sweep.tune.told() if sweep.tune else "")
+        if not (root / PLAN).is_file():
+            raise SistaError(f"report: {root} has no {PLAN}; run `sista sweep` first, or give the folder that it made")
         try:
-            if (root / PLAN).is_file():
-                told = json.loads((root / PLAN).read_text(encoding="utf-8"))
-                wanted = [Cell(**cell) for cell in told["cells"]]
-                return cls(root, told["name"], wanted, told["reference"], tuning=told.get("tuning", ""))
-            if (root / "figures.csv").is_file():
-                return cls(root, root.resolve().name, _told(root / "figures.csv"), complete=False)
+            told = json.loads((root / PLAN).read_text(encoding="utf-8"))
+            wanted = [Cell(**cell) for cell in told["cells"]]
+            return cls(root, told["name"], wanted, told["reference"], told["tuning"])
         except (OSError, ValueError, KeyError, TypeError) as why:
-            raise SistaError(f"report: {root}: {PLAN} or figures.csv can't be read ({why}); run its sweep again, or "
-                             "give --config") from None  # fmt: skip
-        raise SistaError(f"report: {root} has neither {PLAN} nor figures.csv; run `sista sweep` first, or give the "
-                         "sweep's --config")  # fmt: skip
+            raise SistaError(f"report: {root / PLAN} can't be read ({why}); run its sweep again") from None
 
     @property
     def book(self) -> Book:
@@ -184,13 +169,3 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as why:
         raise SistaError(f"report: {file}: can't be read ({why}); make that cell again") from None
     return found if isinstance(found, dict) else {}
-
-
-def _told(file: Path) -> list[Cell]:
-    """Return the cells that figures.csv has."""
-    rows = pd.read_csv(file, usecols=["method", "task", "fraction", "seed"]).drop_duplicates()
-    return [
-        Cell(str(row["method"]), int(row["seed"])) if row["task"] == PRETRAIN
-        else Cell(str(row["method"]), int(row["seed"]), str(row["task"]), float(row["fraction"]))
-        for row in rows.to_dict("records")
-    ]  # fmt: skip

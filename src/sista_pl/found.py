@@ -37,6 +37,7 @@ def _decorated(text: str, registry: str) -> Iterator[tuple[str, str]]:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
         for call in node.decorator_list:
-            known = isinstance(call, ast.Call) and ast.unparse(call.func) == f"{registry}.register"
-            if known and call.args and isinstance(call.args[0], ast.Constant):
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) != f"{registry}.register":
+                continue
+            if call.args and isinstance(call.args[0], ast.Constant):
                 yield str(call.args[0].value), (ast.get_docstring(node) or "").split("\n")[0]

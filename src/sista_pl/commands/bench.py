@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _alternate(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _alternate(steps: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each step in each round, the first round left out."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):

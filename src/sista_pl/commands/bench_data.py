@@ -84,7 +84,7 @@ def _radiographs(folder: Path, count: int) -> list[Path]:
     files, rng, layout = [], np.random.default_rng(0), LAYOUTS.build("mimic_cxr")
     for number in range(count):
         film = Image.fromarray(draw(Plan(number, 0), 0, 512, layout).rendering.image).resize(
-            (WIDTH, HEIGHT), Image.BICUBIC
+            (WIDTH, HEIGHT), Image.Resampling.BICUBIC
         )
         noise = rng.normal(0, 3, (HEIGHT, WIDTH)).astype(np.float32)
         pixels = np.clip(np.asarray(film) + noise, 0, 255).astype(np.uint8)

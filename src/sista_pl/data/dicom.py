@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -122,10 +122,10 @@ def _window(values: np.ndarray, data: Dataset) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
-def _first(value: object) -> float | None:
+def _first(value: Any) -> float | None:
     if value is None or value == "":
         return None
-    return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)  # type: ignore[arg-type]
+    return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)
 
 
 def _line(why: BaseException) -> str:

@@ -75,7 +75,8 @@ def _counts(subject: Subject) -> Check:
         return Check("counts", "ok", f"{told}; {why}", figures=figures)
     boxes = table["boxes"].dropna()
     here = {"boxes": sum(len(json.loads(text)) for text in boxes), **figures, **figures["splits"]}
-    here |= {name.removeprefix("label_"): int((table[name] == 1).sum()) for name in table if name.startswith("label_")}
+    labels = [str(name) for name in table if str(name).startswith("label_")]
+    here |= {name.removeprefix("label_"): int((table[name] == 1).sum()) for name in labels}
     other = [f"{here.get(name, 0):,} of {count:,} {name}" for name, count in known.items() if here.get(name) != count]
     figures["published"] = known
     if not other:
@@ -305,7 +306,7 @@ def _labels(subject: Subject) -> Check:
     table = subject.table
     figures: dict[str, Any] = {}
     lacking = []
-    names = [name for name in table if name.startswith("label_")]
+    names = [str(name) for name in table if str(name).startswith("label_")]
     splits = [split for split in SPLITS if (table["split"] == split).any()]
     for name in names:
         label = name.removeprefix("label_")

@@ -103,8 +103,9 @@ def parse_annotation(text: str) -> list[dict]:
         if few or not all(map(math.isfinite, values)):
             raise BadImage(f"{name} of {len(values)} numbers; two corners, or three points and more of a polygon")
         xs, ys = values[::2], values[1::2]
-        box = {"category": CATEGORY, "x": min(xs), "y": min(ys), "w": max(xs) - min(xs), "h": max(ys) - min(ys)}
-        if not (box["w"] > 0 and box["h"] > 0):
+        wide, high = max(xs) - min(xs), max(ys) - min(ys)
+        box = {"category": CATEGORY, "x": min(xs), "y": min(ys), "w": wide, "h": high}
+        if not (wide > 0 and high > 0):
             raise BadImage(f"{name} without an area")
         boxes.append(box)
     return boxes

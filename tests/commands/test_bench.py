@@ -1,20 +1,71 @@
 """`sista bench` prints ratios of one run."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from scipy.stats import binom
 
 from sista_pl.cli import main
+from sista_pl.commands.bench import median_interval
+from sista_pl.commands.bench_step import StepBench, looped, padded
+from sista_pl.pair import Pair
 
 
 def test_prints_and_writes_ratios(tmp_path, capsys):
-    path = tmp_path / "bench.json"
+    path, picture = tmp_path / "bench.json", tmp_path / "step.png"
     options = ["--image-size", "32", "--batch-size", "4", "--rounds", "1", "--json", str(path)]
-    assert main(["bench", "step", *options]) == 0
-    figures = json.loads(path.read_text())["figures"]
-    assert figures["encoders"]["ratio_to_encoders"] == 1
-    assert {"clip", "sia", "sia + sta within", "sia + sta batch"} < set(figures)
-    assert "pairs/s" in capsys.readouterr().out
+    assert main(["bench", "step", *options, "--old-habits", "--picture", str(picture)]) == 0
+    told = json.loads(path.read_text())
+    figures = told["figures"]
+    assert list(figures) == ["encoders", "clip", "sia", "sia + sta within", "sia + sta batch", "old habits",
+                             "old habits, 299 px"]  # fmt: skip
+    assert figures["encoders"]["ratio"] == {"median": 1, "range": [1, 1], "interval95": None}
+    for name, found in figures.items():
+        assert found["peak_bytes"] > 4 * 4 * 32**2
+        assert found["ratio_to"] == ("sia + sta within" if "old" in name else "encoders")
+        assert "old" in name or found["mfu"] > 0
+    assert figures["old habits, 299 px"]["peak_bytes"] > 3 * figures["old habits"]["peak_bytes"]
+    assert told["product_flops"] > 0
+    out = capsys.readouterr().out
+    assert "resnet10t at 32 px, BERT of 2 layers of 128, B = 4" in out
+    assert len([line for line in out.splitlines() if "pairs/s" in line]) == 7
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+def test_steps_on_an_accelerator(capsys):
+    assert main(["bench", "step", "--image-size", "32", "--batch-size", "4", "--rounds", "1", "--old-habits"]) == 0
+    out = capsys.readouterr().out
+    assert "on cuda" in out
+    assert len([line for line in out.splitlines() if "pairs/s" in line]) == 7
+
+
+def test_old_habits_compute_the_same():
+    """Of a transformer, which has no statistics of the batch: the values of the losses, whatever the habits."""
+    bench = StepBench("vit_tiny_patch16_224", 32, 3, precision="32-true")
+    bench.task.eval()
+    pair = Pair(bench.task.encode_image(bench.image), bench.task.encode_text(bench.tokens), bench.task.scale())
+    longer = padded(bench.tokens, 112)
+    assert {tuple(value.shape) for value in longer.values()} == {(3, 112)}
+    again = replace(pair, text=bench.task.encode_text(longer))
+    loss = bench.task.losses["within"]
+    value = loss(pair)[0]
+    assert torch.allclose(looped(loss, again), value, atol=1e-5)
+    assert abs(value - looped(loss, replace(pair, text=pair.text.shifted()))) > 1e-4
+    assert set(bench.old_habits()) == {"old habits"}, "its images have one size"
+    assert any(module.fused_attn for module in bench.task.image_encoder.modules() if hasattr(module, "fused_attn"))
+
+
+@pytest.mark.parametrize("n", [5, 6, 15, 16, 40])
+def test_interval_of_a_median(n):
+    """The narrowest pair of order statistics, alike from both ends, that covers 95 % by the binomial law."""
+    values = [float(v) for v in np.random.default_rng(n).permutation(n)]
+    places = [k for k in range(1, n // 2 + 1) if binom.cdf(n - k, n, 0.5) - binom.cdf(k - 1, n, 0.5) >= 0.95]
+    expected = [max(places) - 1, n - max(places)] if places else None
+    assert median_interval(values) == expected
 
 
 def test_nonsense_is_refused(capsys):

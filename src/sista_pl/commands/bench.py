@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from typing import Any
 
 from sista_pl.errors import SistaError
 
-REPORT = "Small left pleural effusion with adjacent atelectasis. The heart is mildly enlarged. No pneumothorax is seen."
 _EPILOG = """\
 examples:
-  sista bench step --image-encoder resnet10t --image-size 96 --batch-size 32 --rounds 5
+  sista bench step --image-encoder resnet10t --image-size 96 --batch-size 32 --rounds 15 --picture step.png
+  sista bench step --image-encoder resnet50 --image-size 224 --batch-size 16 --old-habits
   sista bench loss --pairs 16384
   sista bench data --images 8 --size 256
   sista bench probe --image-encoder resnet50 --image-size 224 --images 200
@@ -33,6 +34,14 @@ def main(argv: list[str]) -> int:
     step.add_argument("--image-encoder", default="resnet10t", help="timm name (default: %(default)s)")
     step.add_argument("--image-size", type=int, default=96, help="side of the images in pixels (default: %(default)s)")
     step.add_argument("--batch-size", type=int, default=32, help="pairs a step (default: %(default)s)")
+    step.add_argument("--text-layers", type=int, default=2, help="of the BERT (default: %(default)s)")
+    step.add_argument("--text-dim", type=int, default=128, help="hidden size of the BERT (default: %(default)s)")
+    step.add_argument("--precision", choices=["bf16-mixed", "32-true"], help="(default: what suits the device)")
+    step.add_argument("--old-habits", action="store_true", help="also the step as published code of this field does "
+                      "it: fp32, padding to 112, loops, anomaly mode; of a CNN also at 299 px")  # fmt: skip
+    step.add_argument("--allocator", choices=["tuned", "default"], default="tuned",
+                      help="glibc as `sista fit` sets it, or as it is (default: %(default)s)")  # fmt: skip
+    step.add_argument("--picture", type=Path, help="also draw which operators take the time of a step to this PNG")
     step.set_defaults(run=_bench_step)
     loss = verbs.add_parser("loss", help="instance losses in blocks of the logits, against whole matrices of B x B")
     loss.add_argument("--pairs", type=int, default=4096, help="the batch B; seven matrices of 4 B² bytes have to fit "
@@ -80,34 +89,80 @@ def main(argv: list[str]) -> int:
 
 def _alternate(steps: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each step in each round, the first round left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
+    from rich.console import Console
+    from rich.progress import track
+
+    seconds: dict[Any, list[float]] = {name: [] for name in steps}
+    console = Console(stderr=True)
+    turns = [(round_, name) for round_ in range(rounds + 1) for name in steps]
+    for round_, name in track(turns, "timing", console=console, transient=True, disable=not console.is_terminal):
+        start = time.perf_counter()
+        steps[name]()
+        if round_:
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def _ratio(values: list[float], base: list[float]) -> dict[str, Any]:
-    """How many times the base each round took: median, and range over the rounds."""
+    """How many times the base each round took: median, its 95 % interval, and range over the rounds."""
     ratios = [value / other for value, other in zip(values, base, strict=True)]
-    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)],
+            "interval95": median_interval(ratios)}  # fmt: skip
+
+
+def median_interval(values: list[float]) -> list[float] | None:
+    """Return two of the sorted values with the median between them in 95 % or more of samples, of any distribution.
+
+    The sign test's interval: how many values lie below the median is binomial (1/2). None of fewer than six values.
+    """
+    n, place, tail = len(values), 0, 0
+    while tail + math.comb(n, place) <= 0.025 * 2**n:
+        tail += math.comb(n, place)
+        place += 1
+    ordered = sorted(values)
+    return [ordered[place - 1], ordered[n - place]] if place else None
 
 
 def _bench_step(options: argparse.Namespace) -> dict[str, Any]:
+    from sista_pl.commands import bench_step
+
     if options.batch_size < 2:
         raise SistaError("bench: give a batch of at least 2")
-    seconds = _alternate(_steps(options.image_encoder, options.image_size, options.batch_size), options.rounds)
-    figures = {}
-    for name, values in seconds.items():
-        ratio = _ratio(values, seconds["encoders"])
-        rate = options.batch_size / statistics.median(values)
-        figures[name] = {"pairs_per_second": rate, "ratio_to_encoders": ratio["median"], "ratio_range": ratio["range"]}
-        low, high = ratio["range"]
-        print(f"{name:<22} {rate:8.1f} pairs/s   {ratio['median']:.3f} x the encoders ({low:.3f} to {high:.3f})")
-    return {"figures": figures}
+    if options.text_layers < 1:
+        raise SistaError("bench: give the text encoder at least 1 layer")
+    bench = bench_step.StepBench(
+        options.image_encoder, options.image_size, options.batch_size, options.text_layers, options.text_dim,
+        options.precision, options.allocator == "tuned",
+    )  # fmt: skip
+    steps, old = bench.steps(), bench.old_habits() if options.old_habits else {}
+    bytes_ = {name: bench.peak(step) for name, step in (steps | old).items()}
+    operations = {name: bench.operations(step) for name, step in steps.items()}
+    product, of_product = bench.product()
+    seconds = _alternate({**steps, **old, bench_step.PRODUCT: product}, options.rounds)
+    fastest = of_product / statistics.median(seconds[bench_step.PRODUCT])
+    print(f"{options.image_encoder} at {options.image_size} px, BERT of {options.text_layers} layers "
+          f"of {options.text_dim}, B = "
+          f"{options.batch_size}, {bench.precision} on {bench.device.type}; a matrix product: {fastest / 1e9:,.0f} "
+          "GFLOP/s")  # fmt: skip
+    figures: dict[str, Any] = {}
+    for name in (*steps, *old):
+        base = bench_step.WITHIN if name in old else bench_step.ENCODERS
+        ratio, median = _ratio(seconds[name], seconds[base]), statistics.median(seconds[name])
+        found = {"pairs_per_second": options.batch_size / median, "ratio_to": base, "ratio": ratio,
+                 "peak_bytes": bytes_[name], "memory_ratio": bytes_[name] / bytes_[base]}  # fmt: skip
+        told = f"{_spread(ratio)} x {'the encoders' if base == bench_step.ENCODERS else base}"
+        told = f"{name:<19} {found['pairs_per_second']:8.2f} pairs/s  {told}  {bytes_[name] / 1e6:,.0f} MB"
+        if name in old:
+            told += f", {found['memory_ratio']:.2f} x"
+        else:
+            found["mfu"] = operations[name] / median / fastest
+            told += f"  MFU {found['mfu']:.0%}"
+        figures[name] = found
+        print(told)
+    if options.picture:
+        bench_step.draw(steps[bench_step.FULL], f"{options.image_encoder}, {bench_step.FULL}", options.picture)
+        print(f"picture: {options.picture}")
+    return {"precision": bench.precision, "product_flops": fastest, "figures": figures}
 
 
 def _bench_loss(options: argparse.Namespace) -> dict[str, Any]:
@@ -191,12 +246,13 @@ def _bench_startup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench_growth(options: argparse.Namespace) -> dict[str, Any]:
-    from sista_pl.commands import bench_growth
+    from sista_pl.commands import bench_growth, bench_step
 
     batches, rows = sorted(set(options.batch_sizes)), sorted(set(options.rows))
     if len(batches) < 2 or batches[0] < 2 or len(rows) < 2 or rows[0] < 1 or options.epochs < 3:
         raise SistaError("bench: give two batch sizes of at least 2, two numbers of rows, and at least 3 epochs")
-    steps = {b: _steps(options.image_encoder, options.image_size, b)["sia + sta batch"] for b in batches}
+    encoder, size = options.image_encoder, options.image_size
+    steps = {b: bench_step.StepBench(encoder, size, b).steps()[bench_step.FULL] for b in batches}
     seconds = _alternate(steps, options.rounds)
     each = {b: [value / b for value in values] for b, values in seconds.items()}
     a_pair = _ratio(each[batches[-1]], each[batches[0]])
@@ -231,46 +287,8 @@ def _told(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f} times ({ratio['range'][0]:.2f} to {ratio['range'][1]:.2f})"
 
 
-def _steps(image_encoder: str, size: int, batch_size: int) -> dict[str, Callable[[], None]]:
-    import torch
-
-    from sista_pl.allocator import keep_memory
-    from sista_pl.pair import Pair, Semantics
-    from sista_pl.precision import FAST, usual_precision
-    from sista_pl.pretrain import PretrainTask
-
-    keep_memory()
-    fast = usual_precision("cpu") == FAST
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    task = PretrainTask(
-        {"a": {"name": "clip"}, "b": {"name": "sia", "delta": 0.9, "tau": 0.1}, "within": "sta",
-         "batch": {"name": "sta", "negatives": "batch"}},
-        image_encoder=image_encoder, image_size=size, head_hidden=512,
-    )  # fmt: skip
-    reports = [f"{REPORT} Study {i}." for i in range(batch_size)]
-    task.text_encoder.fit(reports)
-    tokens = task.text_encoder.tokenize(reports).batch(range(batch_size))
-    image = torch.randn(batch_size, 1, size, size, generator=generator)
-    vectors = torch.nn.functional.normalize(torch.rand(batch_size, 64, generator=generator), dim=1)
-
-    def step(names: tuple[str, ...]) -> Callable[[], None]:
-        def run() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-                pair = Pair(task.encode_image(image), task.encode_text(tokens), task.scale(), Semantics(vectors))
-                outputs = (pair.image.pooled, pair.text.pooled, pair.image.local, pair.text.local)
-                total = torch.stack([o.float().square().mean() for o in outputs]).sum()
-                for name in names:
-                    total = total + task.losses[name](pair)[0]
-            task.zero_grad()
-            total.backward()
-
-        return run
-
-    return {
-        "encoders": step(()),
-        "clip": step(("a",)),
-        "sia": step(("b",)),
-        "sia + sta within": step(("b", "within")),
-        "sia + sta batch": step(("b", "batch")),
-    }
+def _spread(ratio: dict[str, Any]) -> str:
+    """The median with its interval, or with its range where the rounds are too few for one."""
+    if ratio["interval95"]:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(ratio["median"], *ratio["interval95"])
+    return "{:.3f} ({:.3f} to {:.3f})".format(ratio["median"], *ratio["range"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from sista_pl import tracking
 from sista_pl.atomic import writing
+from sista_pl.data.loader import ResumableLoader
 from sista_pl.distributed import rank, world_size
 from sista_pl.errors import SistaError
 from sista_pl.runs import CHECKPOINTS, new_run
@@ -117,6 +119,36 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, internal, normal = state["python"]
     random.setstate((version, tuple(internal), normal))
+
+
+class DataWait(Callback):
+    """Says at the end of a fit for which share of the training there was no batch yet.
+
+    On an accelerator the host waits while the device still computes, so that its share is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.stepped = 0.0, 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.stepped += time.perf_counter() - self.began
+
+    def on_fit_end(self, trainer: Trainer, task: LightningModule) -> None:
+        loader = trainer.train_dataloader
+        if trainer.is_global_zero and isinstance(loader, ResumableLoader) and self.stepped:
+            print(wait_told(loader.waited / (loader.waited + self.stepped), loader.num_workers))
+
+
+def wait_told(share: float, workers: int) -> str:
+    """Say how much of a training waited for batches, and what helps where it is more than 5 %."""
+    told = f"waiting for batches: {share:.1%} of the training"
+    if share <= 0.05:
+        return told
+    more = f"more than the {workers} there are" if workers else "-1 takes what the machine has"
+    return f"{told}; data.num_workers makes them beside it: {more}"
 
 
 class Results(Callback):

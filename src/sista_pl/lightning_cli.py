@@ -21,7 +21,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from sista_pl import packaged, plugins, runs
 from sista_pl.allocator import keep_memory
-from sista_pl.callbacks import ExactResume, Results, RunFolder
+from sista_pl.callbacks import DataWait, ExactResume, Results, RunFolder
 from sista_pl.data.module import BaseDataModule
 from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its short name
 from sista_pl.data.transfer import TransferDataModule  # noqa: F401
@@ -250,7 +250,7 @@ class SistaCLI(LightningCLI):
         config = self.config[self.subcommand]
         dump = self._parser(self.subcommand).dump(config, skip_none=False)
         folder = RunFolder(Path(config.run_root), self.run_name, dump, self.resumed, config.privacy)
-        callbacks: list[Any] = [folder, ExactResume(), Results(folder)]
+        callbacks: list[Any] = [folder, ExactResume(), DataWait(), Results(folder)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             common: dict[str, Any] = {"auto_insert_metric_name": False, "enable_version_counter": False}
             callbacks += [

@@ -1,10 +1,13 @@
 """Batches are a pure function of seed, epoch and rank, and go on where they were."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from sista_pl.callbacks import DataWait, wait_told
 from sista_pl.data import transforms
 from sista_pl.data.loader import EpochSampler, ResumableLoader
 from sista_pl.data.module import StoreDataset
@@ -63,6 +66,39 @@ def test_a_restarted_epoch_goes_on_where_it_was(workers):
     assert len(second) == 10, "the length stays that of the epoch: Lightning adds what it has consumed"
     assert head + [batch.tolist() for batch in second] == whole
     assert [batch.tolist() for batch in second] == whole, "the next pass is whole again"
+
+
+class Clock:
+    """A clock that only those move who are told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+
+def test_the_time_without_a_batch_is_told(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+
+    class Slow(Echo):
+        def __getitem__(self, place):
+            clock.now += 1
+            return super().__getitem__(place)
+
+    loader, wait = ResumableLoader(Slow(), EpochSampler(np.arange(50), 5, True)), DataWait()
+    for _ in range(2):
+        for _ in loader:
+            clock.now += 7  # hooks and logging
+            wait.on_train_batch_start()
+            clock.now += 15
+            wait.on_train_batch_end()
+    assert (loader.waited, wait.stepped) == (2 * 50, 2 * 10 * 15)
+    wait.on_fit_end(SimpleNamespace(train_dataloader=loader, is_global_zero=True), None)
+    assert capsys.readouterr().out == (
+        "waiting for batches: 25.0% of the training; data.num_workers makes them beside it: -1 takes what the machine "
+        "has\n"
+    )
+    assert wait_told(0.05, 0) == "waiting for batches: 5.0% of the training"
+    assert wait_told(0.051, 2).endswith("more than the 2 there are")
 
 
 def test_fewer_rows_than_a_batch():

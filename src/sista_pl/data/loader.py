@@ -5,6 +5,7 @@ N samples, B batch size of one rank, R ranks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,17 +70,24 @@ class EpochSampler:
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader whose position is part of the checkpoint; Lightning saves and restores it by these two methods."""
+    """A DataLoader whose position is part of the checkpoint; Lightning saves and restores it by these two methods.
+
+    Attributes:
+        position: batches of the epoch that were given.
+        waited: seconds that were spent in all epochs until a batch was there.
+    """
 
     def __init__(self, dataset: Any, sampler: EpochSampler, **options: Any):
         super().__init__(dataset, batch_sampler=sampler, **options)
-        self.position = 0
+        self.position, self.waited = 0, 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.position = self.batch_sampler.start
+        self.position, began = self.batch_sampler.start, time.perf_counter()
         for batch in super().__iter__():
             self.position += 1
+            self.waited += time.perf_counter() - began
             yield batch
+            began = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.position % len(self)}

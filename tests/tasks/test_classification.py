@@ -225,6 +225,7 @@ def test_weights_say_which_encoder_they_are_and_are_loaded(cls, workdir, caplog)
 
 def test_a_checkpoint_of_another_task_is_one_line(cls, seg, workdir, capsys):
     assert main(["fit", *cls]) == 0
+    assert "waiting for batches: " in capsys.readouterr().out
     assert main(["test", *seg, "--ckpt_path", str(best(workdir))]) == 2
     told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sista: ")]
     assert len(told) == 1

@@ -97,8 +97,6 @@ def _dispatch(argv: list[str]) -> int:
     if verb in LIGHT_VERBS:
         run: Callable[[list[str]], int] = import_module(LIGHT_VERBS[verb][0]).main
         return run(rest)
-    if verb == "worker":  # of a sweep, for nobody else
-        return import_module("sista_pl.commands.worker").main(rest)
     if verb in TRAINER_VERBS:
         from sista_pl.lightning_cli import run_trainer
 

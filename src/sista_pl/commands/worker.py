@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-VERB = "worker"
+from sista_pl import cli
 
 
 class Worker:
@@ -23,7 +23,7 @@ class Worker:
 
     def __init__(self, environment: Mapping[str, str]):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sista_pl", VERB], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=dict(environment),
         )  # fmt: skip
 
@@ -50,7 +50,7 @@ class Worker:
         self.process.communicate()
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     """Run the commands that stand on standard input, a line of JSON each; write the exit code of each to the output."""
     asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:
@@ -71,10 +71,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from sista_pl.cli import main as run
-
     try:
-        code = run(words)
+        code = cli.main(words)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Exception:
@@ -83,3 +81,7 @@ def _run(words: list[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

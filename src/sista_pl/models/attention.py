@@ -38,7 +38,7 @@ class Attention(TorchFunctionMode):
 
     def keep(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
         """Take note of a call."""
-        raise NotImplementedError
+        raise NotImplementedError("a kind of Attention defines keep(query, key, mask, causal, scale)")
 
 
 class ClassAttention(Attention):

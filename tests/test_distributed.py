@@ -1,7 +1,9 @@
 """Two gloo ranks with half a batch each equal one process: loss and every gradient of the whole model."""
 
 import os
+import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -95,8 +97,15 @@ def two_ranks(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(rank_main, (port, str(folder)), nprocs=2, start_method="fork")
-    return torch.load(folder / "found.pt", weights_only=True)
+    ranks = mp.start_processes(rank_main, (port, str(folder)), nprocs=2, join=False, start_method="fork")
+    last = time.monotonic() + 300
+    while not ranks.join(timeout=5):
+        if time.monotonic() > last:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("the two ranks did not end in five minutes")
+    yield torch.load(folder / "found.pt", weights_only=True)
+    shutil.rmtree(folder)  # 700 MB
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -114,6 +114,56 @@ def test_a_group_stands_above_the_patient(tmp_path):
     assert [r.patient_id for r in release.rows] == ["g1", "g1", "p3"]
 
 
+def cuts(rows, key):
+    """Whose films lie in two splits."""
+    splits = {}
+    for row, release in rows:
+        splits.setdefault(row[key], set()).add(release.split)
+    return [name for name, found in splits.items() if name and len(found) > 1]
+
+
+def test_no_patient_and_no_group_is_cut_where_both_are_known_in_part(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [[f"{i}.png", "t", f"p{rng.integers(120)}", f"g{rng.integers(90)}"] for i in range(240)]
+    for row in rows:
+        row[rng.integers(2, 4)] *= bool(rng.random() < 0.4)
+    rows[0][2:] = rows[1][2:] = ["", ""]
+    file = write(tmp_path / "t.csv", rows, ["path", "text", "patient_id", "group_id"])
+    release = read(file)
+    assert release.skipped == [(f"{i}.png", f"t.csv:{i + 2}: neither a patient nor a group") for i in (0, 1)]
+    pairs = list(zip(rows[2:], release.rows, strict=True))
+    assert cuts(pairs, 2) == cuts(pairs, 3) == []
+    # the slow way: unite what shares a name until nothing changes
+    units = [{i} for i in range(2, 240)]
+    for key in (2, 3):
+        for name in {row[key] for row in rows} - {""}:
+            joined = [unit for unit in units if any(rows[i][key] == name for i in unit)]
+            units = [unit for unit in units if unit not in joined] + [set().union(*joined)]
+    named = {}
+    for i, row in enumerate(release.rows, start=2):
+        named.setdefault(row.patient_id, set()).add(i)
+    assert sorted(map(sorted, named.values())) == sorted(map(sorted, units))
+    assert 20 < len(units) < 150
+
+
+def test_rows_that_where_leaves_aside_still_join_and_a_column_may_be_called_row(tmp_path):
+    rows = [["a.png", "t", "p1", "", "1"], ["b.png", "t", "p1", "g", "2"], ["c.png", "t", "p2", "g", "1"]]
+    file = write(tmp_path / "t.csv", rows, ["path", "text", "patient", "group", "row"])
+    release = read(file, where={"row": 1})
+    assert [(r.image_id, r.patient_id, r.source) for r in release.rows] == [
+        ("a.png", "g", "t.csv:2"),
+        ("c.png", "g", "t.csv:4"),
+    ]
+    assert read(file, columns={"id": "row"}, where={"row": 2}).rows[0].image_id == "2"
+
+
+def test_a_table_with_a_split_and_without_patients_says_so(tmp_path):
+    file = write(tmp_path / "t.csv", [["a.png", "t", "train"]], ["path", "text", "split"])
+    with pytest.warns(UserWarning, match="no column of patients; each image counts as another patient's"):
+        (row,) = read(file).rows
+    assert row.patient_id == "a.png"
+
+
 def test_grouped_split_depends_on_the_group_alone():
     groups = [f"g{i}" for i in range(200)]
     whole = dict(zip(groups, grouped_split(groups), strict=True))
@@ -215,12 +265,20 @@ def test_boxes_of_a_second_table_are_cut_at_the_image(tmp_path):
         ["images/a.png", "mass", "-5", "30", "10.5", "99"],
         ["images/b.png", "mass", "1", "2", "nan", "4"],
         ["images/d.png", "mass", "1", "2", "0", "4"],
+        ["d.png", "mass", "1", "2", "3", "4"],
+        ["images/c.png", "mass", "1", "2", "3", "4"],
     ]
     write(tmp_path / "boxes.csv", rows, head)
     release = read(tmp_path, table="studies.csv", boxes="boxes.csv")
     assert [row.boxes and len(row.boxes) for row in release.rows] == [2, None, None]
     assert release.skipped[0][1] == "boxes.csv:4: box [1.0, 2.0, nan, 4.0] is no rectangle"
     assert "boxes.csv:5" in release.skipped[1][1]
+    assert release.skipped[2] == ("d.png", "boxes.csv:6: 'd.png' is not in studies.csv")
+    assert len(release.skipped) == 4, "the image c is there, and left out for its report"
+    # an image that `where` leaves aside is not unknown
+    assert read(tmp_path, table="studies.csv", boxes="boxes.csv", where={"path": "images/b.png"}).skipped == [
+        skip for skip in release.skipped if "boxes.csv" in skip[1]
+    ]
     for row in release.rows:
         row.image.parent.mkdir(exist_ok=True)
         Image.new("L", (40, 50)).save(row.image)
@@ -236,6 +294,9 @@ def test_boxes_of_a_second_table_are_cut_at_the_image(tmp_path):
     assert "box 40 2 3 4 outside the image of 40×50" in (tmp_path / "outside/skipped.csv").read_text()
     with pytest.raises(SistaError, match="no such table"):
         read(tmp_path, table="studies.csv", boxes="boxen.csv")
+    write(tmp_path / "boxes.csv", rows[4:5], head)
+    with pytest.raises(SistaError, match=r"boxes.csv: row 2: 'd.png' is no image of studies.csv, nor is any other"):
+        read(tmp_path, table="studies.csv", boxes="boxes.csv")
 
 
 @pytest.mark.real

@@ -65,7 +65,9 @@ def read_table(
         table: file name of the table in `root`; needed where the folder holds several.
         columns: which column holds what, {image: path, report: text, …}. Known: image, id (default: the image's
             path), report, or findings and impression, patient, group (patients that belong together), study, split,
-            view, mask, labels (a list; default: the columns `label_…`). A usual name need not be given.
+            view, mask, labels (a list; default: the columns `label_…`). A usual name need not be given. Rows that
+            share a patient or a group are one unit of the split, and so are those that others join; a row with neither
+            is left out. Only a table with a split and without such columns has each image as a unit of its own.
         images: folder that relative image and mask paths start from (default: the table's); none may leave it.
         where: keep rows that have this value, or one of these, in these columns.
         require_report: drop (and count) rows without a text.
@@ -79,8 +81,7 @@ def read_table(
     """
     file = _find(Path(root), table)
     frame = _load(file)
-    frame["row"] = range(2, len(frame) + 2)
-    roles = _roles(file, [c for c in frame.columns if c != "row"], dict(columns or {}))
+    roles = _roles(file, list(frame.columns), dict(columns or {}))
     if require_report and not {"report", "findings", "impression"} & roles.keys():
         raise SistaError(f"{file}: no column of texts; name it under columns.report or set require_report to false")
     if not {"split", "patient", "group"} & roles.keys():
@@ -88,35 +89,45 @@ def read_table(
             f"{file}: no column of patients, so that a split might cut one; name columns.patient, columns.group or "
             "columns.split (columns.patient may be the image column if each image is another patient's)"
         )
-    frame = _filter(file, frame, where or {})
+    grouped = bool({"patient", "group"} & roles.keys())
+    if not grouped:
+        warnings.warn(
+            f"{file}: no column of patients; each image counts as another patient's in intervals and folds",
+            stacklevel=2,
+        )
 
     def column(role: str) -> list[str]:
         return frame[roles[role]].str.strip().tolist() if role in roles else [""] * len(frame)
 
-    numbers = frame["row"].tolist()
-    paths = column("image")
-    ids = [name or path for name, path in zip(column("id"), paths, strict=True)]
+    def image_ids() -> list[str]:
+        return [name or path for name, path in zip(column("id"), column("image"), strict=True)]
+
+    # before `where`, which could take the row that joins two patients, or the image of a box
+    units = pd.Series(_units(column("patient"), column("group")) if grouped else image_ids(), frame.index, dtype=object)
+    boxes_of, skipped = _boxes(_find(file.parent, boxes), file.name, set(image_ids())) if boxes else ({}, [])
+    frame = _filter(file, frame, where or {})
+    numbers, ids, patients = [i + 2 for i in frame.index], image_ids(), units[frame.index].tolist()
     refuse_duplicates(file, ids, numbers)
-    patients = [a or b or name for a, b, name in zip(column("group"), column("patient"), ids, strict=True)]
     studies = [study or name for study, name in zip(column("study"), ids, strict=True)]
     splits = _splits(file, column("split"), numbers) if "split" in roles else grouped_split(patients, seed)
     labels = _labels(file, frame, roles.get("labels", []), numbers)
     folder = file.parent if images is None else file.parent / images
-    boxes_of, skipped = _boxes(_find(file.parent, boxes)) if boxes else ({}, [])
 
     rows = []
     fields = zip(
-        ids, patients, studies, paths, column("view"), splits, column("report"), column("findings"),
+        ids, patients, studies, column("image"), column("view"), splits, column("report"), column("findings"),
         column("impression"), labels, column("mask"), numbers, strict=True,
     )  # fmt: skip
     for name, patient, study, path, view, split, report, findings, impression, values, mask, number in fields:
         source = f"{file.name}:{number}"
         try:
             image_path, mask_path = _inside(folder, path), _inside(folder, mask) if mask else None
+            if not patient:
+                raise _Unusable("neither a patient nor a group")
             text = _text(report, findings, impression)
             if require_report and not any(text):
                 raise BadReport("empty report")
-        except (BadReport, _Outside) as why:
+        except (BadReport, _Unusable) as why:
             skipped.append((name or source, f"{source}: {why}"))
             continue
         rows.append(
@@ -139,8 +150,8 @@ def read_table(
     )
 
 
-class _Outside(Exception):
-    pass
+class _Unusable(Exception):
+    """Of a row; the message is the reason."""
 
 
 def _find(root: Path, table: str | None) -> Path:
@@ -224,7 +235,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _filter(file: Path, frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     for name, wanted in where.items():
-        need_columns(file, [c for c in frame.columns if c != "row"], [str(name)])
+        need_columns(file, list(frame.columns), [str(name)])
         values = frame[str(name)].map(_comparable)
         kept = values.isin([_comparable(v) for v in _listed(wanted)])
         if len(frame) and not kept.any():
@@ -241,6 +252,29 @@ def _comparable(value: Any) -> str:
         return repr(float(text))
     except ValueError:
         return text.casefold()
+
+
+def _units(patients: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """Return the unit of each row that no split may cut, "" for a row of no patient and no group.
+
+    Rows that share one are in one unit, also by way of other rows. It has the name of its first group in order, or of
+    its patient.
+    """
+    above: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def top(node: tuple[str, str]) -> tuple[str, str]:
+        while (up := above.setdefault(node, node)) != node:
+            above[node] = node = above[up]
+        return node
+
+    named = [
+        [node for node in (("group", group), ("patient", patient)) if node[1]]
+        for patient, group in zip(patients, groups, strict=True)
+    ]
+    for nodes in named:
+        first, *others = sorted({top(node) for node in nodes}) or [("", "")]
+        above |= dict.fromkeys(others, first)
+    return [top(nodes[0])[1] if nodes else "" for nodes in named]
 
 
 def _splits(file: Path, values: Sequence[str], numbers: Sequence[int]) -> list[str]:
@@ -263,8 +297,11 @@ def _labels(file: Path, frame: pd.DataFrame, names: Sequence[str], numbers: Sequ
     return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)] or [{} for _ in numbers]
 
 
-def _boxes(file: Path) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, str]]]:
-    """Return the boxes of each image, and what was left out; those that leave the image are cut in preparation."""
+def _boxes(file: Path, table: str, known: set[str]) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, str]]]:
+    """Return the boxes of each of the `known` images of the table, and what was left out.
+
+    Boxes that leave their image are cut in preparation.
+    """
     frame = _load(file)
     need_columns(file, list(frame.columns), ["image_id", "category", "x", "y", "w", "h"])
     found: dict[str, list[dict[str, Any]]] = {}
@@ -272,20 +309,28 @@ def _boxes(file: Path) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str,
     places = frame[["x", "y", "w", "h"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
     names = zip(frame["image_id"].str.strip(), frame["category"].str.strip(), places.tolist(), strict=True)
     for number, (name, category, place) in enumerate(names, start=2):
+        if name not in known:
+            skipped.append((name, f"{file.name}:{number}: {name!r} is not in {table}"))
+            continue
         if not all(map(math.isfinite, place)) or place[2] <= 0 or place[3] <= 0:
             skipped.append((name, f"{file.name}:{number}: box {place} is no rectangle"))
             continue
         found.setdefault(name, []).append({"category": category, **dict(zip("xywh", place, strict=True))})
+    if len(frame) and not frame["image_id"].str.strip().isin(known).any():
+        raise SistaError(
+            f"{file}: row 2: {frame['image_id'][0]!r} is no image of {table}, nor is any other; write the ids of the "
+            "images there, which are their paths where it has no column of ids"
+        )
     return found, skipped
 
 
 def _inside(folder: Path, path: str) -> Path:
     if not path:
-        raise _Outside("no image path")
+        raise _Unusable("no image path")
     whole = os.path.abspath(folder / path)
     base = os.path.abspath(folder)
     if os.path.commonpath([base, whole]) != base or whole == base:
-        raise _Outside(f"{path} points outside {folder.name or 'the folder'}; set images to the folder of all images")
+        raise _Unusable(f"{path} points outside {folder.name or 'the folder'}; set images to the folder of all images")
     return Path(whole)
 
 

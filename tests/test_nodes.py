@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -183,6 +184,56 @@ def test_the_bytes_of_a_step_are_those_of_the_handbook(tmp_path):
             f"{144 * R:,}", f"{formulas['gradients'](100_000_000, R) / 1e6:,.0f}",
             f"{formulas['contrast'](144, 128, 64, R) / 1e6:,.1f}", f"{377_110 // (144 * R):,}",
         ]  # fmt: skip
+
+
+class Copy:
+    """A machine's own copy of a store of eight images."""
+
+    hash = "of the images"
+
+    def __init__(self, folder: Path):
+        self.path = folder / "store"
+
+    def __len__(self) -> int:
+        return 8
+
+
+def rows_as_vectors(encoder, store: Copy, rows: np.ndarray, *_) -> np.ndarray:
+    """Encode row r as (r, r), and note in the copy's folder that it was done."""
+    with (store.path.parent / "encoded").open("a") as file:
+        file.writelines(f"{row} " for row in rows)
+    return np.stack([rows, rows], 1).astype(np.float32)
+
+
+def keep_features(folder: Path, rows: list[int]) -> np.ndarray:
+    from sista_pl import features
+
+    folder.mkdir(exist_ok=True)
+    encoder = nn.Identity()
+    encoder.dim = 2
+    return features.cached(encoder, Copy(folder), np.array(rows), crop=8)
+
+
+def features_main(rank: int, port: int, folder: str) -> None:
+    join_group(rank, port)
+    np.save(Path(folder) / f"{rank}.npy", keep_features(Path(folder) / str(rank), [6, 0, 1, 2, 3, 5]))
+    dist.destroy_process_group()
+
+
+def test_machines_with_other_features_in_their_copies_of_a_store_fill_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("sista_pl.features.extract", rows_as_vectors)
+    keep_features(tmp_path / "0", [0, 1, 2, 7])
+    keep_features(tmp_path / "1", [1, 6])
+    for rank in "01":
+        (tmp_path / rank / "encoded").unlink()
+    fork_two(features_main, tmp_path)
+    for rank in "01":
+        found = np.load(tmp_path / f"{rank}.npy")[[0, 1, 2, 3, 5, 6]]
+        assert found.tolist() == [[row, row] for row in (0, 1, 2, 3, 5, 6)]
+    encoded = [(tmp_path / rank / "encoded").read_text().split() for rank in "01"]
+    assert encoded == [["6", "5"], ["3"]]  # what the first machine lacks, each row once
+    (file,) = (tmp_path / "0/features").iterdir()
+    assert np.isnan(np.load(file)[:, 0]).nonzero()[0].tolist() == [4]
 
 
 class Total(nn.Module):

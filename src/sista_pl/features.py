@@ -58,12 +58,18 @@ def cached(
     """Return (len(store), D) float32 in which `rows` are filled, NaN elsewhere; kept beside the store.
 
     The file's name is a hash of the encoder's weights, the data and the crop: another of them, another file. Rows that
-    an earlier run filled are not encoded again. Several ranks share the work.
+    an earlier run filled are not encoded again. Several ranks share the work; what is kept is what the first one finds.
     """
     key = hashlib.sha256(f"{encoder_hash(encoder)} {store.hash} {crop}".encode()).hexdigest()[:16]
     file = store.path.parent / "features" / f"{store.path.name}-{key}.npy"
     found = _load(file, (len(store), encoder.dim))
-    missing = rows[np.isnan(found[rows, 0])]
+    kept = rows[~np.isnan(found[rows, 0])]
+    if distributed.world_size() > 1:  # on another machine the store may be a copy, with other features or none
+        first = [(kept, found[kept])]
+        dist.broadcast_object_list(first)
+        kept, vectors = first[0]
+        found[kept] = vectors
+    missing = rows[~np.isin(rows, kept)]
     if distributed.world_size() > 1:
         parts: list = [None] * distributed.world_size()
         mine = missing[distributed.rank() :: distributed.world_size()]

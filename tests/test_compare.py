@@ -255,6 +255,21 @@ def test_the_lower_calibration_error_is_the_better(write):
     assert found.rows[1]["difference"] == pytest.approx(-0.35)
 
 
+def retrieved(rank: int, k: int = 10) -> pd.DataFrame:
+    """60 pairs, each found at about this rank."""
+    ranks = rank + np.arange(60) % 3
+    columns = {"rank_i2t": ranks, "rank_t2i": ranks, f"precision@{k}/edema": 1 / ranks, f"random@{k}/edema": 0.0}
+    return predictions()[["image_id", "patient_id"]].assign(**columns)
+
+
+@pytest.mark.parametrize("metric", ["i2t_median_rank", "t2i_median_rank"])
+def test_the_lower_median_rank_is_the_better(write, metric):
+    runs = [write("far", retrieved(20), task="x"), write("near", retrieved(2), task="x")]
+    found = compare(load(runs, metric), draws=100)
+    assert [(row["value"], row["rank"]) for row in found.rows] == [(21, 2), (3, 1)]
+    assert [row["rank"] for row in found.ranks] == [2, 1]
+
+
 def test_a_cell_that_lacks_a_method_is_left_out_of_the_ranks(write):
     runs = [write("a", predictions(0), task="x"), write("b", predictions(1), task="x"),
             write("b", predictions(2), task="y"), write("c", predictions(3), task="y")]  # fmt: skip

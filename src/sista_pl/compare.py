@@ -17,7 +17,7 @@ from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.metrics.bootstrap import MOST, degrees_of_freedom, left_out, percentiles, resamples
 from sista_pl.stored import Setting
 
-LOWER = ("ece",)  # figures of which less is better
+LOWER = ("ece", "i2t_median_rank", "t2i_median_rank")  # figures of which less is better
 LEVEL, DRAWS = 0.95, 2000
 PAIRED = ("difference", "difference_low", "difference_high", "freedom", "p", "p_holm", "z", "d")
 HOW = {

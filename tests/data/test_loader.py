@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from sista_pl.callbacks import DataWait, wait_told
 from sista_pl.data import transforms
 from sista_pl.data.loader import EpochSampler, ResumableLoader
-from sista_pl.data.module import StoreDataset
+from sista_pl.data.module import BaseDataModule, StoreDataset
 from sista_pl.data.store import Store
 from sista_pl.errors import SistaError
 
@@ -66,6 +68,41 @@ def test_a_restarted_epoch_goes_on_where_it_was(workers):
     assert len(second) == 10, "the length stays that of the epoch: Lightning adds what it has consumed"
     assert head + [batch.tolist() for batch in second] == whole
     assert [batch.tolist() for batch in second] == whole, "the next pass is whole again"
+
+
+class Record(LightningModule):
+    """Trains nothing and keeps which images each batch had."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.weight, self.asks, self.seen = torch.nn.Parameter(torch.zeros(1)), asks, []
+
+    def configure_optimizers(self):
+        # who asks has the loaders made before the checkpoint is restored
+        assert not self.asks or self.trainer.estimated_stepping_batches
+        return torch.optim.SGD(self.parameters())
+
+    def training_step(self, batch, _):
+        self.seen.append(batch["index"].tolist())
+        return self.weight.sum()
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_run_of_shortened_epochs_goes_on_with_its_batches(phantom_store, tmp_path, asks):
+    def fit(resumed=None):
+        keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = Trainer(
+            max_epochs=2, limit_train_batches=2, limit_val_batches=0, accelerator="cpu", callbacks=[keep],
+            logger=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
+        model = Record(asks)
+        trainer.fit(model, datamodule=BaseDataModule(phantom_store, size=64, batch_size=2), ckpt_path=resumed)
+        return model.seen
+
+    whole = fit()
+    assert len(whole) == 4
+    for step in (1, 2, 3):  # within the first epoch, at its end, within the second
+        assert fit(tmp_path / f"step={step}.ckpt") == whole[step:]
 
 
 class Clock:

@@ -75,7 +75,10 @@ class ResumableLoader(DataLoader):
     Attributes:
         position: batches of the epoch that were given.
         waited: seconds that were spent in all epochs until a batch was there.
+        trainer: whose epoch ends after its `num_training_batches`, where it has fewer than the loader.
     """
+
+    trainer: Any = None
 
     def __init__(self, dataset: Any, sampler: EpochSampler, **options: Any):
         super().__init__(dataset, batch_sampler=sampler, **options)
@@ -90,7 +93,8 @@ class ResumableLoader(DataLoader):
             began = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self.position % len(self)}
+        epoch = len(self) if self.trainer is None else min(len(self), self.trainer.num_training_batches)
+        return {"batches": self.position % epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.batch_sampler.start = state["batches"]

@@ -191,6 +191,7 @@ class BaseDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         self.train_loader = self._loader("train", True)
+        self.train_loader.trainer = self.trainer
         if self.position is not None:
             self.train_loader.load_state_dict(self.position)
             self.position = None

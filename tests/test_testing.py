@@ -172,6 +172,11 @@ class SwallowsNaN(ClassificationTask):
         return super()._scores(logits).nan_to_num(0.5)
 
 
+class PredictsNaN(ClassificationTask):
+    def predict_step(self, batch, index):
+        return super().predict_step({**batch, "image": batch["image"].nan_to_num()}, index)
+
+
 class TakesAnyData(ClassificationTask):
     def setup(self, stage):
         pass
@@ -317,7 +322,8 @@ slow = pytest.mark.slow
         pytest.param(TwiceWritten, "predictions", "twice", marks=slow),
         pytest.param(NothingWritten, "predictions", "was not written", marks=slow),
         pytest.param(LosesRows, "predict", "rows, the test split", marks=slow),
-        pytest.param(SwallowsNaN, "nan", "end with exit code 0, not with one line and 2", marks=slow),
+        pytest.param(SwallowsNaN, "nan", "images of NaN in a test end with exit code 0, not with one", marks=slow),
+        pytest.param(PredictsNaN, "nan", "images of NaN in a prediction end with exit code 0, not", marks=slow),
         pytest.param(TakesAnyData, "target", "ends with a traceback", marks=slow),
     ],
 )

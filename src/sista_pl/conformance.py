@@ -24,7 +24,7 @@ class Observer(Callback):
     """Remembers what a run shows only from inside; `latest` is that of the newest run.
 
     Args:
-        poison: fill the images of the test with NaN.
+        poison: fill the images of a test or a prediction with NaN.
     """
 
     latest: Observer | None = None
@@ -65,6 +65,8 @@ class Observer(Callback):
         for key in ("image", "features"):
             if self.poison and key in batch:
                 batch[key].fill_(math.nan)
+
+    on_predict_batch_start = on_test_batch_start
 
     def on_test_end(self, trainer: Trainer, task: LightningModule) -> None:
         self.keys = set(trainer.callback_metrics)

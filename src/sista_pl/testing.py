@@ -29,6 +29,7 @@ import torch
 from sista_pl.cli import main
 from sista_pl.conformance import Observer, check_step, fail
 from sista_pl.errors import did_you_mean
+from sista_pl.measured import MeasuredTask
 from sista_pl.runs import CHECKPOINTS, runs_of
 
 __all__ = ["CHECKS", "check_step", "check_task"]
@@ -46,7 +47,8 @@ CHECKS = {
     "interval": "metrics.json of a test has the monitored figure, inside of its interval",
     "predictions": "predictions.parquet of a test has each image of the split once",
     "predict": "so has the table of sista predict",
-    "nan": "a test of a model that says NaN is refused in one line, and its figures are not written",
+    "nan": "a test of a model that says NaN is refused in one line, and its figures are not written; so is a "
+    "prediction, of a MeasuredTask",
     "target": "data of another target are refused in one line",
 }
 _KEY = re.compile(r"(train|val|test)/\S.*")
@@ -135,7 +137,7 @@ class _Conformance:
         if "predict" not in self.skip:
             self.check_predict(observer, run)
         if "nan" not in self.skip:
-            self.check_nan(run)
+            self.check_nan(observer, run)
         if "target" not in self.skip:
             self.check_target(observer)
 
@@ -168,7 +170,7 @@ class _Conformance:
         if "predict" not in self.skip:
             self.check_predict(observer, run)
         if "nan" not in self.skip:
-            self.check_nan(run)
+            self.check_nan(observer, run)
         if "target" not in self.skip:
             self.check_target(observer)
 
@@ -339,13 +341,16 @@ class _Conformance:
         here = run if self.trains else runs_of(self.runs, "check")[-1]
         self.check_table("predict", here / "predictions.parquet", observer)
 
-    def check_nan(self, run: Path) -> None:
+    def check_nan(self, observer: Observer, run: Path) -> None:
         before = (run / "test/metrics.json").read_bytes()
         advice = "raise a SistaError where predictions are not finite, as MeasuredTask.figures does"
         self.refused("nan", "images of NaN in a test", advice, "test", *self.of_run(run), poison=True)
         path = (run if self.trains else runs_of(self.runs, "check")[-1]) / "test/metrics.json"
         if path.read_bytes() != before if self.trains else path.exists():
             fail(self.name, "nan", "a test that was refused has written metrics.json")
+        if isinstance(observer.task, MeasuredTask):  # others write the NaN itself
+            advice = "raise a SistaError in predict_step where predictions are not finite"
+            self.refused("nan", "images of NaN in a prediction", advice, "predict", *self.of_run(run), poison=True)
 
     def check_target(self, observer: Observer) -> None:
         other = _other_target(observer.data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from sista_pl.errors import SistaError
@@ -49,12 +50,23 @@ class Detector(nn.Module):
     ) -> tuple[dict[str, Tensor], list[Detections]]:
         """Return the losses by name, where there is a truth, and the detections, where it is not training.
 
+        An image with outputs that are not finite has the one detection of `broken`, not none.
+
         Args:
             maps: of the encoder's `pyramid`, the input (B, 1, H, W) first.
             boxes: of each image (M, 4) x0 y0 x1 y1 in pixels of the input.
             labels: of each image (M,) class, from 0.
         """
         raise NotImplementedError("a Detector defines forward(maps, boxes, labels) -> (losses, detections)")
+
+
+def broken(like: Tensor) -> Detections:
+    """Return what an image has whose outputs are not finite: one detection of NaN, for thresholds would drop them all.
+
+    Args:
+        like: of its device, fp32.
+    """
+    return Detections(like.new_full((1, 4), torch.nan), like.new_zeros(1).long(), like.new_full((1,), torch.nan))
 
 
 class _Three(SimpleFeaturePyramid):

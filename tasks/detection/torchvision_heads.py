@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sista_tasks.detection.detectors import DETECTORS, LEAST_SCORE, MOST, Detections, Detector, Levels
+from sista_tasks.detection.detectors import DETECTORS, LEAST_SCORE, MOST, Detections, Detector, Levels, broken
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -67,6 +67,21 @@ class TorchvisionDetector(Detector):
         self.same: dict[str, Any] = {"min_size": image_size, "max_size": image_size, "image_mean": [0.0],
                                      "image_std": [1.0], "size_divisible": 1}  # fmt: skip
         self.model: Any = None
+        self.finite: list[Tensor] = []  # of each output of the heads in eval mode, whether all of it is
+
+    def watch(self, *heads: nn.Module) -> None:
+        """Let what these modules give go on in fp32, so that losses and boxes are computed in it."""
+        for head in heads:
+            head.register_forward_hook(self._in_fp32)
+
+    def _in_fp32(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            if not module.training:
+                self.finite.append(outputs.isfinite().all())
+            return outputs.float()
+        if isinstance(outputs, dict):
+            return {name: self._in_fp32(module, inputs, value) for name, value in outputs.items()}
+        return type(outputs)(self._in_fp32(module, inputs, value) for value in outputs)
 
     def features(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
         """Return the four levels, finest first."""
@@ -92,9 +107,11 @@ class TorchvisionDetector(Detector):
             if self.training:
                 return losses, []
             found = self.model.eval()(images)
+            if not torch.stack(self.finite).all():
+                return losses, [broken(images[0])] * len(images)
             return losses, [Detections(f["boxes"], f["labels"] - self.first_label, f["scores"]) for f in found]
         finally:
-            self.given.maps = OrderedDict()
+            self.given.maps, self.finite = OrderedDict(), []
             self.model.train(self.training)
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -104,15 +121,6 @@ class TorchvisionDetector(Detector):
         with torch.random.fork_rng(devices, enabled=not self.training):
             found = self.model.train()(images, targets)
         return {name.removeprefix(self.prefix): loss for name, loss in found.items()}
-
-
-def in_fp32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Forward hook: what a head gives goes on in fp32, so that losses and boxes are computed in it."""
-    if isinstance(outputs, Tensor):
-        return outputs.float()
-    if isinstance(outputs, dict):
-        return {name: in_fp32(module, inputs, value) for name, value in outputs.items()}
-    return type(outputs)(in_fp32(module, inputs, value) for value in outputs)
 
 
 def check_anchors(kind: str, anchors: Sequence[float]) -> None:
@@ -152,7 +160,7 @@ class Retina(TorchvisionDetector):
         sizes = tuple(tuple(side * image_size * 2 ** (i / 3) for i in range(3)) for side in anchors)
         generator = AnchorGenerator(sizes, (RATIOS,) * 4)
         head = RetinaNetHead(channels, generator.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 32))
-        head.register_forward_hook(in_fp32)
+        self.watch(head)
         self.model = RetinaNet(
             self.given, num_classes, anchor_generator=generator, head=head, score_thresh=LEAST_SCORE, nms_thresh=nms,
             detections_per_img=MOST, **self.same,
@@ -182,7 +190,7 @@ class Fcos(TorchvisionDetector):
             self.given, num_classes, anchor_generator=generator, score_thresh=LEAST_SCORE, nms_thresh=nms,
             detections_per_img=MOST, **self.same,
         )  # fmt: skip
-        self.model.head.register_forward_hook(in_fp32)
+        self.watch(self.model.head)
 
 
 @DETECTORS.register("faster_rcnn")
@@ -219,5 +227,4 @@ class FasterRcnn(TorchvisionDetector):
             box_predictor=FastRCNNPredictor(hidden, num_classes + 1), box_score_thresh=LEAST_SCORE,
             box_nms_thresh=nms, box_detections_per_img=MOST, **self.same,
         )  # fmt: skip
-        for head in (self.model.rpn.head, self.model.roi_heads.box_predictor):
-            head.register_forward_hook(in_fp32)
+        self.watch(self.model.rpn.head, self.model.roi_heads.box_predictor)

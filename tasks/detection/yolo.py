@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sista_tasks.detection.detectors import DETECTORS, LEAST_SCORE, MOST, Detections, Detector, Levels
+from sista_tasks.detection.detectors import DETECTORS, LEAST_SCORE, MOST, Detections, Detector, Levels, broken
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
@@ -235,10 +235,14 @@ class YoloV3(Detector):
 
     def detect(self, raw: Tensor) -> list[Detections]:
         """Return the detections of (B, N, 5 + K): of a class, the best score first, without double ones."""
+        finite = raw.isfinite().flatten(1).all(1).tolist()
         corners = self.places.decode(raw[..., :4]).clamp(0, self.image_size)
         scores = raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()  # B N K
         found = []
-        for boxes, score in zip(corners, scores, strict=True):
+        for boxes, score, sound in zip(corners, scores, finite, strict=True):
+            if not sound:
+                found.append(broken(boxes))
+                continue
             score, place = score.flatten().sort(descending=True, stable=True)
             place = place[:CANDIDATES][score[:CANDIDATES] >= LEAST_SCORE]
             score = score[: len(place)]

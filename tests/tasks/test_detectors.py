@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sista_tasks.detection import DetectionTask
 from sista_tasks.detection.detectors import DETECTORS
 from sista_tasks.detection.yolo import ANCHOR_SIZE, ANCHORS, Places
 from torch.nn.functional import binary_cross_entropy
@@ -157,6 +158,22 @@ def test_bf16_autocast_keeps_losses_and_boxes_in_fp32(name):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         _, found = detector.eval()(of.pyramid(image))
     assert all(each.boxes.dtype == each.scores.dtype == torch.float32 for each in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("part", ["image_encoder", "detector"])
+def test_weights_of_nan_are_no_film_without_a_box(name, part):
+    """A threshold of scores drops NaN: a test and a prediction have to see it all the same."""
+    spec = {"name": name, **SMALL[name]}
+    task = DetectionTask(2, spec, image_encoder="resnet10t", image_size=SIZE).eval()
+    image, boxes, labels = films()
+    batch = {"image": image, "boxes": boxes, "box_labels": labels, "index": torch.arange(4)}
+    assert not task.step(batch).outputs["values"].isnan().any()
+    assert len(task.predict_step(batch, 0)["items"]) == 4
+    list(getattr(task, part).parameters())[-1].data.view(-1)[0] = math.nan
+    assert task.step(batch).outputs["values"].isnan().all()
+    with pytest.raises(SistaError, match=r"predict: the model predicts NaN; set trainer\.precision to 32-true"):
+        task.predict_step(batch, 0)
 
 
 @pytest.mark.parametrize("name", ["retinanet", "fcos", "faster_rcnn"])

@@ -420,6 +420,9 @@ def test_a_metric_that_is_not_there_is_one_line(four, write):
     none = [write(name, predictions(n, truth_Edema=0.0)) for n, name in enumerate("ab")]
     with pytest.raises(SistaError, match="no auroc_macro \\(Edema has no positive image"):
         load(none)
+    apart = [write("a", retrieved(2), "ten.parquet"), write("b", retrieved(3, k=5), "five.parquet")]
+    with pytest.raises(SistaError, match=r"five.parquet: it has no precision@10_macro; did you mean precision@5_macro"):
+        load(apart, "precision@10_macro")
     mixed = [write("a", predictions(0), metric="ece"), write("b", predictions(1), metric="auroc/Edema")]
     with pytest.raises(SistaError, match="has the metrics auroc/Edema, ece; give it one"):
         load(mixed)

@@ -255,9 +255,10 @@ def _cell(runs: list[Run], metric: str | None) -> Setting:
     setting = Setting(runs[0].task, runs[0].fraction, min(asked), runs, families, _patients(runs, tables))
     if len(asked) > 1:
         raise SistaError(f"compare: {setting.name} has the metrics {', '.join(sorted(asked))}; give it one")
-    if setting.metric not in (known := families[0].figures()):
-        absent = f" ({'; '.join(families[0].absent)})" if families[0].absent else ""
-        raise SistaError(f"{file}: it has no {setting.metric}{absent}; {did_you_mean(setting.metric, known)}")
+    for run, family in zip(runs, families, strict=True):
+        if setting.metric not in (known := family.figures()):
+            absent = f" ({'; '.join(family.absent)})" if family.absent else ""
+            raise SistaError(f"{run.file}: it has no {setting.metric}{absent}; {did_you_mean(setting.metric, known)}")
     if (
         setting.kind in ("f1", "accuracy", "ece")
         and len({getattr(family, "exclusive", None) for family in families}) > 1

@@ -1,6 +1,7 @@
 """A sweep's file, its cells and what it remembers of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -174,6 +175,38 @@ def test_a_sweep_that_was_moved_goes_on(file, tmp_path):
     assert moved.done(sweep, task)
 
 
+def test_a_cell_that_was_stopped_does_not_go_on_by_other_commands(file, tmp_path):
+    book, cell = Book(tmp_path / "out"), Cell("clip", 0)
+    assert not book.begin(read_sweep(str(file)), cell)
+    checkpoints = book.runs / "clip-0/0001/checkpoints"
+    checkpoints.mkdir(parents=True)
+    file.write_text(SWEEP.replace("0.002", "0.5"))  # nothing was trained yet: these are its commands now
+    assert not book.begin(read_sweep(str(file)), cell)
+    (checkpoints / "last.ckpt").touch()
+    assert book.begin(read_sweep(str(file)), cell)
+    file.write_text(SWEEP)
+    with pytest.raises(SistaError, match=r"clip-0 in .* was made by another command \(0.5 there, 0.002 now\)"):
+        book.begin(read_sweep(str(file)), cell)
+
+
+def test_a_cell_whose_run_was_removed_is_made_again(file, tmp_path):
+    sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("random", 0, "siim", 1.0)
+    finish(book, sweep, cell)
+    shutil.rmtree(book.runs / cell.name)
+    assert not book.done(sweep, cell)
+    assert book.table(sweep).empty
+
+
+@pytest.mark.parametrize("root", [".", "o", "/"])
+def test_the_folder_of_a_sweep_is_left_out_of_its_marks_and_nothing_else(file, root):
+    sweep, cell = read_sweep(str(file)), Cell("random", 0, "siim", 1.0)
+    commands, recorded = sweep.commands(cell, Path(root) / "runs"), Book(Path(root)).recorded(sweep, cell)
+    assert [word for words in recorded for word in words] == [
+        "OUT/runs" if before == "--run_root" else word
+        for words in commands for before, word in zip(["", *words], words, strict=False)
+    ]  # fmt: skip
+
+
 def test_the_tables(file, tmp_path):
     sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
     assert book.table(sweep).empty
@@ -295,11 +328,16 @@ def test_a_loss_can_not_choose(file, tmp_path):
         ("siim: {config: seg_siim.yaml}", "siim: {}", "siim has no config"),
         ("[0.1, 1.0]", "[10]", r"fractions is \[10\]"),
         ("[0.01]", "[]", r"chexpert: fractions is \[\]"),
+        ("[0.1, 1.0]", "[0.1, 1.0, 0.10]", r"fractions is \[0.1, 1.0, 0.1\]; give each once"),
+        ("method/clip.yaml", "", "methods: clip: config is None; give a file"),
+        ("method/clip.yaml", "[3]", r"methods: clip: config is \[3\]; give a file"),
         ("fractions: [0.01]", "fractions: [0.01], fits: false", "fits is False; give false, without fractions"),
         ("fractions: [0.01]", "fits: 1", "fits is 1"),
         ("[0, 7]", "[0, 0]", "give each once"),
         ("[0, 7]", "1", "seeds is 1"),
         ("reference: clip", "reference: clop", "unknown method 'clop'; did you mean clip"),
+        ("reference: clip", "reference: [clip]", r"unknown method \['clip'\]"),
+        ("reference: clip", "reference: 5", "unknown method 5"),
         ("seeds:", "tune: 3\nseeds:", "tune is 3; write"),
         (
             "seeds:",
@@ -316,3 +354,9 @@ def test_a_mistake_in_the_file_is_one_line(file, before, after, said):
     with pytest.raises(SistaError, match=said) as why:
         read_sweep(str(file))
     assert "\n" not in str(why.value)
+
+
+def test_a_list_adds_to_no_sweep(file, tmp_path):
+    (tmp_path / "more.yaml").write_text("[1]\n")
+    with pytest.raises(SistaError, match="no mapping each"):
+        read_sweep(str(file), str(tmp_path / "more.yaml"))

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,13 +19,15 @@ from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 from sista_pl.sweep import PRETRAIN, Cell, Sweep
 
+PLACES = ("--run_root", "--model.weights")  # options of a cell's commands that name a place in the sweep's folder
+
 
 @dataclass(frozen=True)
 class Book:
     """What a sweep has done so far, in its folder.
 
     Args:
-        root: the sweep's folder: `runs/`, `logs/`, `done/`, `cells.csv`.
+        root: the sweep's folder: `runs/`, `logs/`, `begun/`, `done/`, `cells.csv`.
     """
 
     root: Path
@@ -39,15 +42,39 @@ class Book:
     def mark(self, cell: Cell) -> Path:
         return self.root / "done" / f"{cell.name}.json"
 
+    def lock(self, cell: Cell) -> Path:
+        """The file that whoever makes a cell keeps locked."""
+        return self.root / "begun" / f"{cell.name}.lock"
+
+    def is_done(self, cell: Cell) -> bool:
+        """Return whether a cell is done, by whatever commands: marked, and its run there."""
+        return self.mark(cell).is_file() and bool(runs.runs_of(self.runs, cell.name))
+
     def done(self, sweep: Sweep, cell: Cell) -> bool:
         """Return whether a cell is done, by the commands that the sweep has for it now.
 
         Raises:
             SistaError: it was made by other commands.
         """
-        mark = self.mark(cell)
-        if not mark.is_file():
+        if not self.is_done(cell):
             return False
+        self._same(self.mark(cell), sweep, cell)
+        return True
+
+    def begin(self, sweep: Sweep, cell: Cell) -> bool:
+        """Mark a cell as begun, and return whether its training goes on where it was stopped.
+
+        Raises:
+            SistaError: what was stopped was begun by other commands.
+        """
+        mark = self.root / "begun" / f"{cell.name}.json"
+        stopped = runs.has_checkpoint(self.runs, cell.name, "last")
+        if stopped and mark.is_file():
+            self._same(mark, sweep, cell)
+        self._write(mark, {"commands": self.recorded(sweep, cell)})
+        return stopped
+
+    def _same(self, mark: Path, sweep: Sweep, cell: Cell) -> None:
         made, wanted = json.loads(mark.read_text())["commands"], self.recorded(sweep, cell)
         if made != wanted:
             odd = next((pair for pair in zip(chain(*made), chain(*wanted), strict=False) if pair[0] != pair[1]), None)
@@ -56,18 +83,23 @@ class Book:
                 f"sweep: {cell.name} in {self.root} was made by another command{told}; give another --out, or delete "
                 f"{mark} and {self.runs / cell.name} to make it again"
             )
-        return True
 
     def recorded(self, sweep: Sweep, cell: Cell) -> list[list[str]]:
         """Return a cell's commands as a mark keeps them: wherever the sweep's folder lies, and however it is called."""
-        here = str(self.root)
-        return [[word.replace(here, "OUT") for word in command] for command in sweep.commands(cell, self.runs)]
+        return [
+            [
+                f"OUT/{Path(word).relative_to(self.root).as_posix()}" if flag in PLACES else word
+                for flag, word in zip(["", *command], command, strict=False)
+            ]
+            for command in sweep.commands(cell, self.runs)
+        ]
 
     def finish(self, sweep: Sweep, cell: Cell, seconds: float) -> None:
         """Mark a cell as done."""
-        mark = self.mark(cell)
+        self._write(self.mark(cell), {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)})
+
+    def _write(self, mark: Path, told: dict[str, Any]) -> None:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        told = {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)}
         with writing(mark) as partial:
             partial.write_text(json.dumps(told, indent=2) + "\n")
 
@@ -79,7 +111,7 @@ class Book:
         """
         rows = []
         for cell in sweep.cells():
-            if cell.setting is not None or not self.mark(cell).is_file():
+            if cell.setting is not None or not self.is_done(cell):
                 continue
             test = max(run / "test" for run in runs.runs_of(self.runs, cell.name) if (run / "test").is_dir())
             told = json.loads((test / "metrics.json").read_text())
@@ -100,7 +132,7 @@ class Book:
         rows = []
         for method in sweep.methods:
             cells = sweep.tuning(method)
-            if cells and all(self.mark(cell).is_file() for cell in cells):
+            if cells and all(map(self.is_done, cells)):
                 chosen = sweep.chosen(method, self.runs)
                 for k, (figure, value) in sweep.scores(method, self.runs).items():
                     assert sweep.tune is not None

@@ -40,6 +40,11 @@ def find_checkpoint(root: Path, name: str, which: str) -> Path:
     )
 
 
+def has_checkpoint(root: Path, name: str, which: str) -> bool:
+    """Return whether a configuration has a `best` or `last` checkpoint."""
+    return any((run / CHECKPOINTS / f"{which}.ckpt").is_file() for run in runs_of(root, name))
+
+
 def unfinished(root: Path, name: str) -> bool:
     """Return whether the newest run of a configuration was stopped and left a checkpoint to go on from."""
     newest = runs_of(root, name)[-1:]

@@ -209,6 +209,8 @@ def read_sweep(*names: str) -> Sweep:
         given: Any = OmegaConf.to_container(OmegaConf.merge(*map(_loaded, paths)), resolve=True)
     except OmegaConfBaseException as why:
         raise SistaError(f"sweep {path}: {str(why).splitlines()[0]}; set it, or write the value there") from None
+    except TypeError:  # of a list and a mapping
+        raise SistaError(f"sweep {path}: no mapping each; write methods, tasks, seeds and fractions") from None
     if not isinstance(given, dict):
         raise SistaError(f"sweep {path}: no mapping; write methods, tasks, seeds and fractions")
     _known(given, KEYS, f"sweep {path}")
@@ -229,8 +231,9 @@ def read_sweep(*names: str) -> Sweep:
     if len(set(seeds)) < len(seeds):
         raise SistaError(f"sweep {path}: seeds is {seeds!r}; give each once")
     reference = given.get("reference")
-    if reference is not None and reference not in methods:
-        raise SistaError(f"sweep {path}: reference: unknown method {reference!r}; {did_you_mean(reference, methods)}")
+    if reference is not None and (not isinstance(reference, str) or reference not in methods):
+        near = did_you_mean(str(reference), methods)
+        raise SistaError(f"sweep {path}: reference: unknown method {reference!r}; {near}")
     pretrain = _part(given.get("pretrain") or {"config": "pretrain.yaml"}, f"sweep {path}: pretrain")
     shares = _fractions(given.get("fractions", [1.0]), f"sweep {path}")
     tune = None if given.get("tune") is None else _tune(given["tune"], tasks, shares, f"sweep {path}: tune")
@@ -269,15 +272,17 @@ def _part(given: Any, where: str) -> Part:
     _known(given, PART_KEYS, where)
     configs = given.get("config", [])
     configs = [configs] if isinstance(configs, str) else configs
+    if not isinstance(configs, list) or not all(isinstance(name, str) for name in configs):
+        raise SistaError(f"{where}: config is {configs!r}; give a file, a packaged configuration or a list of them")
     for name in configs:
-        packaged.find(str(name))
+        packaged.find(name)
     options = given.get("options") or {}
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise SistaError(f"{where}: options is {options!r}; write {{key: value}}, as {{model.lr: 0.001}}")
     shares, fits = given.get("fractions"), given.get("fits", True)
     if not isinstance(fits, bool) or (shares is not None and not fits):
         raise SistaError(f"{where}: fits is {fits!r}; give false, without fractions, where there is nothing to fit")
-    return Part([str(name) for name in configs], options, None if shares is None else _fractions(shares, where), fits)
+    return Part(configs, options, None if shares is None else _fractions(shares, where), fits)
 
 
 def _tune(given: Any, tasks: Mapping[str, Part], shares: list[float], where: str) -> Tuning:
@@ -299,4 +304,6 @@ def _fractions(given: Any, where: str) -> list[float]:
     right = isinstance(given, list) and given and all(type(f) in (int, float) and 0 < f <= 1 for f in given)
     if not right:
         raise SistaError(f"{where}: fractions is {given!r}; give shares of the labels, as in [0.01, 0.1, 1.0]")
+    if len({f"{share:g}" for share in given}) < len(given):  # as they stand in a cell's name
+        raise SistaError(f"{where}: fractions is {given!r}; give each once")
     return [float(share) for share in given]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sista_pl.book import Book
 from sista_pl.cli import main
 from sista_pl.commands import sweep as command
 from sista_pl.runs import new_run
+from sista_pl.sweep import Cell, read_sweep
 
 SWEEP = """
 methods: {random: null, clip: {config: method/clip.yaml}}
@@ -153,6 +155,44 @@ def test_the_first_of_a_kind_prepares_its_data_alone(file, monkeypatch):
     assert most[0] == 1  # nobody said that the data are there
 
 
+def test_a_stop_while_data_are_prepared_begins_no_other_cell(file, monkeypatch):
+    began: list[str] = []
+
+    def child(self, cell, commands, sink, release):
+        began.append(cell.name)
+        self.stop.set()  # as Ctrl-C does; the others wait for the data
+        return 130
+
+    monkeypatch.setattr(command._Run, "child", child)
+    book = Book(Path("sweeps/mine"))
+    run = command._Run(read_sweep("mine.yaml"), book, 3, [], keep_going=True)
+    cells = [Cell("random", seed, "siim", share) for seed in (0, 1) for share in (0.1, 1.0)]
+    assert {why for _, why in run.all(cells)} == {"stopped"}
+    assert len(began) == 1
+
+
+@pytest.mark.parametrize(
+    ("allotted", "count", "jobs", "given"),
+    [
+        (None, 0, 2, [None, None]),
+        (None, 2, 3, ["0", "1", "0"]),  # no worker without one: it would take them all
+        ("2,3", 2, 2, ["2", "3"]),
+        ("GPU-5ebe9a,7", 2, 3, ["GPU-5ebe9a", "7", "GPU-5ebe9a"]),
+    ],
+)
+def test_workers_take_the_gpus_that_are_allotted(file, monkeypatch, allotted, count, jobs, given):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr(command, "Worker", dict)
+    if allotted:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allotted)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    run = command._Run(read_sweep("mine.yaml"), Book(Path("sweeps/mine")), jobs, command._devices(), False)
+    found = [run.worker() for _ in range(jobs)]
+    assert [device for _, device in found] == given
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment, _ in found] == given
+
+
 def test_a_dry_run_prints_the_commands(file, capsys):
     assert main(["sweep", "--config", str(file), "--dry-run", "--cell", "1/4"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -166,6 +206,7 @@ def test_a_dry_run_prints_the_commands(file, capsys):
     [
         (["--config", "nothing.yaml"], "config 'nothing.yaml': no such file"),
         (["--config", "mine.yaml", "--cell", "4/4"], "--cell is '4/4'"),
+        (["--config", "mine.yaml", "--cell", "²/3"], "--cell is '²/3'"),
         (["--config", "mine.yaml", "--jobs", "0"], "--jobs is 0"),
     ],
 )

@@ -1,8 +1,10 @@
 """A worker: commands one after the other in a process that imports the libraries once."""
 
+import fcntl
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -11,7 +13,7 @@ from sista_pl.commands.worker import Worker
 
 
 def finish(worker, words, log):
-    worker.start(words, log)
+    worker.start(words, log, log.with_suffix(".lock"))
     while (code := worker.code(1.0)) is None:
         pass
     return code
@@ -43,6 +45,29 @@ def test_each_command_has_its_code_and_its_log_and_a_failure_is_the_last(worker,
 def test_one_that_was_killed_says_so(worker, tmp_path):
     worker.process.send_signal(signal.SIGKILL)
     assert finish(worker, ["list", "tasks"], tmp_path / "log") == -signal.SIGKILL
+
+
+def test_a_cell_that_another_is_at_is_left_alone(worker, tmp_path):
+    with (tmp_path / "log.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert finish(worker, ["list", "tasks"], tmp_path / "log.txt") == 2
+    assert (
+        (tmp_path / "log.txt")
+        .read_text()
+        .endswith("another process is at work on this cell; wait until it has ended\n")
+    )
+
+
+def test_one_that_lost_its_parent_stops(workdir, tiny, worker):
+    fit = ["fit", "--config", "pretrain.yaml", *tiny, "--name", "orphan", "--trainer.max_epochs", "9999"]
+    worker.start(fit, workdir / "log", workdir / "lock")
+    last = workdir / "runs/orphan/0001/checkpoints/last.ckpt"
+    while not last.is_file() and worker.process.poll() is None:
+        time.sleep(0.1)
+    worker.process.stdin.close()  # as the end of its parent does
+    worker.process.stdin = None
+    assert worker.process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert "SIGTERM: saved" in (workdir / "log").read_text()
 
 
 def test_a_fit_behind_others_is_the_fit_alone(workdir, tiny, worker):

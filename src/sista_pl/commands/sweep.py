@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise SistaError(f"sweep: --jobs is {options.jobs}; give at least 1")
     devices = _devices()
-    jobs = options.jobs or devices or min(os.cpu_count() or 1, 8)
+    jobs = options.jobs or len(devices) or min(os.cpu_count() or 1, 8)
     from sista_pl.report.swept import write_plan  # after the parser: it brings torch
 
     write_plan(book.root, sweep)
@@ -93,21 +93,23 @@ def main(argv: list[str]) -> int:
 
 def _part(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise SistaError(f"sweep: --cell is {text!r}; give I/N with 0 <= I < N, as 0/12")
     return int(index), int(count)
 
 
-def _devices() -> int:
+def _devices() -> list[str]:
+    """Return the GPUs that there are for this sweep, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    return torch.cuda.device_count()
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(place) for place in range(count)]
 
 
 def _tell(sweep: Sweep, book: Book, part: tuple[int, int]) -> int:
     """Print what a sweep would do."""
     for cell in sweep.cells(part):
-        if book.mark(cell).is_file():
+        if book.is_done(cell):
             print(f"# {cell.name}: done")
             continue
         try:
@@ -124,11 +126,11 @@ def _tell(sweep: Sweep, book: Book, part: tuple[int, int]) -> int:
 class _Run:
     """Runs cells in child processes that import the libraries once, each cell after the pre-training that it needs."""
 
-    def __init__(self, sweep: Sweep, book: Book, jobs: int, devices: int, keep_going: bool):
+    def __init__(self, sweep: Sweep, book: Book, jobs: int, devices: list[str], keep_going: bool):
         self.sweep, self.book, self.jobs, self.keep_going = sweep, book, jobs, keep_going
         # each worker has a device, where there are any; one whose cell failed has ended, and its device gets another
-        self.devices: deque[int | None] = deque([*range(devices), *[None] * (jobs - devices)])
-        self.idle: deque[tuple[Worker, int | None]] = deque()
+        self.devices = deque(devices[job % len(devices)] if devices else None for job in range(jobs))
+        self.idle: deque[tuple[Worker, str | None]] = deque()
         self.busy: set[Worker] = set()
         self.failed: list[tuple[Cell, str]] = []
         self.stop = threading.Event()
@@ -176,7 +178,7 @@ class _Run:
 
     def ready(self, cell: Cell) -> bool:
         """Whether all that a cell needs is there: the encoder of a task, what chooses the setting of a pre-training."""
-        return all(self.book.mark(needed).is_file() for needed in self.sweep.needs(cell))
+        return all(map(self.book.is_done, self.sweep.needs(cell)))
 
     def one(self, cell: Cell) -> str:
         """Run a cell's commands; return why it failed, or nothing."""
@@ -184,23 +186,17 @@ class _Run:
             return ""
         began, log = time.monotonic(), self.book.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
-        commands = [self.resumed(cell, command) for command in self.sweep.commands(cell, self.book.runs)]
-        if self.stop.is_set():
-            return "stopped"
+        commands = self.sweep.commands(cell, self.book.runs)
+        if self.book.begin(self.sweep, cell) and commands[0][0] == "fit":
+            commands[0] += ["--ckpt_path", "last"]
         with log.open("ab") as sink, self.prepared(cell) as release:
+            if self.stop.is_set():  # while it waited for the data
+                return "stopped"
             code = self.child(cell, commands, sink, release)
         if code:
             return "stopped" if self.stop.is_set() else _last_line(log)
         self.book.finish(self.sweep, cell, time.monotonic() - began)
         return ""
-
-    def resumed(self, cell: Cell, command: list[str]) -> list[str]:
-        """Let a training that was stopped go on from its last checkpoint."""
-        try:
-            runs.find_checkpoint(self.book.runs, cell.name, "last")
-        except SistaError:
-            return command
-        return [*command, "--ckpt_path", "last"] if command[0] == "fit" else command
 
     def child(self, cell: Cell, commands: list[list[str]], sink, release) -> int:
         """Run commands in a worker; return the exit code."""
@@ -213,7 +209,9 @@ class _Run:
         self.busy.add(worker)
         code = None
         try:
-            worker.start(words, Path(sink.name))
+            if self.stop.is_set():  # after the others were told
+                worker.process.terminate()
+            worker.start(words, Path(sink.name), self.book.lock(cell))
             while (code := worker.code(0.2)) is None:
                 if (found := runs.runs_of(self.book.runs, cell.name)) and (found[-1] / "config.yaml").is_file():
                     release()
@@ -226,7 +224,7 @@ class _Run:
                 worker.end()
                 self.devices.append(device)
 
-    def worker(self) -> tuple[Worker, int | None]:
+    def worker(self) -> tuple[Worker, str | None]:
         """Return a worker that waits for a cell, or a new one, and its device."""
         try:
             return self.idle.popleft()
@@ -234,7 +232,7 @@ class _Run:
             device = self.devices.popleft()
         environment = dict(os.environ)
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            environment["CUDA_VISIBLE_DEVICES"] = device
         elif self.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
         return Worker(environment), device
@@ -267,7 +265,7 @@ def _show(sweep: Sweep, book: Book) -> None:
     from rich.table import Table
 
     cells = sweep.cells()
-    done = [cell for cell in cells if book.mark(cell).is_file()]
+    done = [cell for cell in cells if book.is_done(cell)]
     console = Console()
     console.print(f"{len(done)} of {len(cells)} cells done: {book.root}", soft_wrap=True)
     if not done:

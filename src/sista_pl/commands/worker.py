@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TextIO
 
 from sista_pl import cli
 
 
 class Worker:
-    """A child process that runs commands; it ends with the first that fails, or is told to.
+    """A child process that runs commands; it ends with the first that fails, is told to, or has lost its parent.
 
     Args:
         environment: of the process.
@@ -27,11 +32,11 @@ class Worker:
             env=dict(environment),
         )  # fmt: skip
 
-    def start(self, words: Sequence[str], log: Path) -> None:
-        """Begin a command, whose output goes to the end of a file."""
+    def start(self, words: Sequence[str], log: Path, lock: Path) -> None:
+        """Begin a command, whose output goes to the end of a file; another that is locked by it is its alone."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"words": list(words), "log": str(log)}) + "\n")
+            self.process.stdin.write(json.dumps({"words": list(words), "log": str(log), "lock": str(lock)}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it was ended, as `code` will tell
@@ -55,13 +60,18 @@ def main() -> int:
     asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    commands: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    busy = threading.Event()
+    threading.Thread(target=_listen, args=(asked, commands, busy), daemon=True).start()
     try:
-        for line in asked:
-            told = json.loads(line)
+        while (told := commands.get()) is not None:
+            busy.set()
             with open(told["log"], "ab") as sink:
                 os.dup2(sink.fileno(), 1)
                 os.dup2(sink.fileno(), 2)
-            code = _run(told["words"])
+            with open(told["lock"], "w") as lock:
+                code = _run(told["words"], lock)
+            busy.clear()
             print(code, file=answers, flush=True)
             if code:
                 return code
@@ -70,7 +80,21 @@ def main() -> int:
     return 0
 
 
-def _run(words: list[str]) -> int:
+def _listen(asked: TextIO, commands: SimpleQueue[dict[str, Any] | None], busy: threading.Event) -> None:
+    """Pass on what is asked for; where nobody asks any more, stop the command as a machine that is taken away does."""
+    for line in asked:
+        commands.put(json.loads(line))
+    commands.put(None)
+    if busy.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(words: list[str], lock: TextIO) -> int:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"sista: {lock.name}: another process is at work on this cell; wait until it has ended")
+        return 2
     try:
         code = cli.main(words)
     except SystemExit as stop:
@@ -80,6 +104,7 @@ def _run(words: list[str]) -> int:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    fcntl.flock(lock, fcntl.LOCK_UN)  # whatever child of the command has it open, too
     return code
 
 

@@ -79,7 +79,7 @@ class Swept:
     @cached_property
     def done(self) -> list[Cell]:
         """The cells that are done and have a test."""
-        return [cell for cell in self.wanted if self.book.mark(cell).is_file() and self.run(cell) is not None]
+        return [cell for cell in self.wanted if self.book.is_done(cell) and self.run(cell) is not None]
 
     @property
     def methods(self) -> list[str]:

@@ -195,15 +195,23 @@ def test_real_pairs_train_to_the_end(real_data, workdir):
     assert "val/i2t_R@5" in metrics["best"]["intervals"]
 
 
-def test_every_trainable_parameter_gets_a_gradient(workdir, tiny, monkeypatch):
+def test_every_trainable_parameter_gets_a_gradient_and_the_scale_its_own_up_to_100(workdir, tiny, monkeypatch):
+    """Of pairs that nothing relates s comes down from 100; with its gradient turned round it stays there."""
     from sista_pl.pretrain import PretrainTask
 
-    without = []
+    without, scales = [], []
 
     def look(self, optimizer):
         without.extend(name for name, p in self.named_parameters() if p.requires_grad and p.grad is None)
+        scales[-1].append(self.scale().item())
+        self.log_scale.grad *= 1 if len(scales) == 1 else -1
 
     monkeypatch.setattr(PretrainTask, "on_before_optimizer_step", look)
+    more = ["--model.temperature", "0.01", "--model.lr", "1e-3", "--trainer.limit_train_batches", "3"]
     for losses in ("{a: {name: clip}}", "{a: {name: sia}, b: {name: sta}}"):
-        assert main([*FIT, *tiny, "--model.losses", losses, "--trainer.limit_train_batches", "1"]) == 0
+        scales.append([])
+        assert main([*FIT, *tiny, "--model.losses", losses, *more]) == 0
     assert without == []
+    assert scales[0][0] == pytest.approx(100)
+    assert scales[0][2] < scales[0][1] < 99.99
+    assert scales[1] == pytest.approx([100] * 3)

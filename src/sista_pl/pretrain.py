@@ -146,8 +146,14 @@ class PretrainTask(BaseTask):
             rank_zero_info("image encoder: random initialisation")
 
     def scale(self) -> Tensor:
-        """Return s = exp(s'), at most 100."""
-        return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp().squeeze()  # one dimension under FSDP
+        """Return s = exp(s')."""
+        return self.log_scale.exp().squeeze()  # one dimension under FSDP
+
+    def optimizer_step(self, *of_step: Any, **named: Any) -> None:
+        """Make the step and bring s back to 100: a clamp within the graph would leave s' there without a gradient."""
+        super().optimizer_step(*of_step, **named)
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
     def encode_image(self, image: Tensor) -> Features:
         """(B, 1, H, W) → joint-space features."""

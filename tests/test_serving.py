@@ -265,7 +265,9 @@ def test_names_of_classes(cls, tmp_path, capsys):
     run = tmp_path / "runs" / "cls" / "0001"
     (run / "checkpoints").mkdir(parents=True)
     copy = Path(shutil.copy(cls, run / "checkpoints"))
-    assert class_names(copy, 2) == ["0", "1"]
+    hyper = {"hyper_parameters": {"num_classes": 2}}
+    assert class_names(copy, hyper) == ["0", "1"]
+    assert class_names(copy, hyper | {"classes": ["A", "B"]}) == ["A", "B"]
     (run / "config.yaml").write_text("data: {init_args: {labels: [Edema]}}")
     assert export(copy, tmp_path / "out") == 2
     assert "the checkpoint 2 classes; mend it" in capsys.readouterr().err

@@ -268,7 +268,7 @@ def _facts(
         },
         "embedding": {"of": "joint space, length 1" if encoder.kind is None else "encoder, pooled", "dim": encoder.dim},
         "kind": encoder.kind,
-        "classes": None if encoder.kind is None else class_names(path, found["hyper_parameters"]["num_classes"]),
+        "classes": None if encoder.kind is None else class_names(path, found),
         "thresholds": None if thresholds is None else [round(float(value), 6) for value in thresholds],
         "checkpoint": {"sha256": file_hash(path), "epoch": found.get("epoch"), "step": found.get("global_step")},
         "data": {"sha256": data.get("data"), "split": dict(data.get("split") or {})},
@@ -276,9 +276,14 @@ def _facts(
     }  # fmt: skip
 
 
-def class_names(checkpoint: Path, count: int) -> list[str]:
-    """Return the names of the scores as `sista predict` has them: `data.labels` of the run, else their numbers."""
-    run, names = run_of(checkpoint), None
+def class_names(checkpoint: Path, found: Mapping[str, Any]) -> list[str]:
+    """Return the names of the scores: those that the checkpoint keeps.
+
+    One of before keeps none: they are `data.labels` of its run then, else numbers.
+    """
+    if found.get("classes"):
+        return list(found["classes"])
+    run, names, count = run_of(checkpoint), None, found["hyper_parameters"]["num_classes"]
     if run is not None and (run / "config.yaml").is_file():
         try:
             names = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"].get("labels")

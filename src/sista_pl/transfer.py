@@ -5,7 +5,7 @@ B images, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class TransferTask(MeasuredTask):
         if encoder is None:
             raise SistaError("model: image_encoder is not set, and weights do not say which it is; give both")
         self.encoder: Spec = encoder
+        self.classes: list[str] = []  # in the order of the outputs; kept in the checkpoint
 
     def build(self) -> None:
         super().build()
@@ -114,14 +115,35 @@ class TransferTask(MeasuredTask):
                 rank_zero_info("image encoder: random initialisation")
 
     def check_classes(self, count: int, what: str) -> None:
-        """Refuse a number of classes that is not the data group's; `what` it calls them.
+        """Take the data group's classes, `what` it calls them; a checkpoint keeps them, and is refused with others.
 
         Raises:
-            SistaError: the two disagree.
+            SistaError: their number is not `count`.
         """
-        classes = self.trainer.datamodule.classes
+        data = self.trainer.datamodule
+        classes = data.classes or (data.wanted_categories if self.target == "boxes" else data.wanted_labels) or []
         if classes and len(classes) != count:
             raise SistaError(
-                f"model: num_classes is {count}, the data group has {len(classes)} {what} "
-                f"({', '.join(classes[:6])}{' …' if len(classes) > 6 else ''}); set both alike"
+                f"model: num_classes is {count}, the data group has {len(classes)} {what} ({_some(classes)}); set both "
+                "alike"
             )
+        self.classes = list(classes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.classes:
+            checkpoint["classes"] = self.classes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = checkpoint.get("classes") or self.classes  # a checkpoint of before has no names
+        if self.classes and self.classes != trained:
+            key = "categories" if self.target == "boxes" else "labels"
+            raise SistaError(
+                f"data: {key} are {_some(self.classes)}, but the checkpoint was trained on {_some(trained)}, in this "
+                f"order; set data.{key}: [{', '.join(trained)}]"
+            )
+        self.classes = trained
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" …" if len(names) > 6 else "")

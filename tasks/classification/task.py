@@ -171,7 +171,7 @@ class ClassificationTask(TransferTask):
         return {"index": batch["index"], "scores": scores.cpu(), "bad": batch.get("bad", [])}
 
     def prediction_table(self, batch: dict[str, Any]) -> pd.DataFrame:
-        names = self.trainer.datamodule.wanted_labels or [str(k) for k in range(self.num_classes)]
+        names = self.classes or [str(k) for k in range(self.num_classes)]
         table = pd.DataFrame({"image": self.image_names(batch["index"].tolist())})
         for k, name in enumerate(names):
             table[f"score_{name}"] = batch["scores"][:, k].numpy()

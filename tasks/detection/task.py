@@ -66,7 +66,6 @@ class DetectionTask(TransferTask):
                 f"{left[0]}}}`, with weight: 0 to switch it off"
             )
         self.num_classes = num_classes
-        self.classes: list[str] = []  # kept in the checkpoint: a prediction has no data to take them from
         self.save_hyperparameters()
         self.build()
 
@@ -79,14 +78,6 @@ class DetectionTask(TransferTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.check_classes(self.num_classes, "categories of boxes")
-        self.classes = list(self.trainer.datamodule.classes) or self.classes
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["classes"] = self.classes
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.classes = self.classes or checkpoint.get("classes", [])
 
     def forward(
         self, batch: dict[str, Any], boxes: list[Tensor] | None = None, labels: list[Tensor] | None = None

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from sista_tasks.classification.probe import STRENGTHS, fit_probe
 
 from sista_pl.cli import main
 from sista_pl.data.store import Store
+from sista_pl.errors import SistaError
 from sista_pl.features import encoder_hash
 
 
@@ -232,8 +234,38 @@ def test_a_checkpoint_of_another_task_is_one_line(cls, seg, workdir, capsys):
     assert "a checkpoint of ClassificationTask, the configuration is of SegmentationTask" in told[0]
 
 
-def test_a_checkpoint_of_another_size_is_one_line(cls, workdir, capsys):
+@pytest.mark.parametrize("order", [["Edema", "Effusion"], ["Effusion", "Edema"], []])
+def test_a_checkpoint_keeps_the_order_of_its_classes(order):
+    """External data, whose columns have another order: each score would be held against another's truth."""
+    task, checkpoint = ClassificationTask(2, image_encoder="resnet10t", image_size=32), {}
+    data = SimpleNamespace(classes=["Edema", "Effusion"], wanted_labels=None)
+    task._trainer = SimpleNamespace(datamodule=data)
+    task.check_classes(2, "labels")
+    task.on_save_checkpoint(checkpoint)
+    data.classes, data.wanted_labels = [], order  # of `data.inputs`, which have no store
+    task.check_classes(2, "labels")
+    if order == ["Effusion", "Edema"]:
+        told = r"labels are Effusion, Edema, but .* trained on Edema, Effusion.*; set data\.labels: \[Edema, Effusion\]"
+        with pytest.raises(SistaError, match=told):
+            task.on_load_checkpoint(checkpoint)
+    else:
+        task.on_load_checkpoint(checkpoint)
+        assert task.classes == ["Edema", "Effusion"]
+    task.classes = order
+    task.on_load_checkpoint({})  # of before: no names
+    assert task.classes == order
+
+
+def test_a_checkpoint_of_other_classes_or_another_size_is_one_line(cls, workdir, capsys):
     assert main(["fit", *cls]) == 0
+    other = torch.load(best(workdir), weights_only=True)
+    assert other["classes"] == ["Pneumonia"]
+    torch.save(other | {"classes": ["Edema"]}, "other.ckpt")
+    for verb in ("test", "predict"):
+        assert main([verb, *cls, "--ckpt_path", "other.ckpt"]) == 2
+        told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sista: ")]
+        assert len(told) == 1
+        assert "labels are Pneumonia, but the checkpoint was trained on Edema" in told[0]
     assert main(["test", *cls, "--model.image_encoder", "resnet18", "--ckpt_path", str(best(workdir))]) == 2
     told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sista: ")]
     assert len(told) == 1

@@ -172,6 +172,16 @@ def test_boxes_of_a_prediction_are_in_pixels_of_the_original(trained, rsna_store
         assert ((wanted[left, 2:] - wanted[left, :2]).min(1) <= 0.5 * scale).all()
 
 
+def test_a_checkpoint_of_other_categories_is_one_line(trained, tmp_path, capsys):
+    checkpoint = torch.load(run_of(trained) / "checkpoints/best.ckpt", weights_only=True)
+    torch.save(checkpoint | {"classes": ["device"]}, tmp_path / "other.ckpt")
+    assert main(["test", *trained, "--ckpt_path", str(tmp_path / "other.ckpt")]) == 2
+    told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sista: ")]
+    assert len(told) == 1
+    assert told[0].endswith("categories are opacity, but the checkpoint was trained on device, in this order; "
+                            "set data.categories: [device]")  # fmt: skip
+
+
 def test_a_prediction_of_the_stored_films_equals_the_test(trained):
     """RSNA's films are square, so a test's boxes are those of the original but for the size."""
     assert main(["test", *trained]) == 0

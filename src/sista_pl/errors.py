@@ -30,6 +30,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
+def unwritable(place: object, error: OSError) -> Exception:
+    """Return the line on a folder, given to be written, that cannot be, or else the error as it was."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        return error
+    return SistaError(f"{error.filename or place}: cannot be written ({error.strerror}); give another folder")
+
+
 def disk_full(error: BaseException | None) -> bool:
     """Return whether an error, or one that it was raised from, is that of a full disk, or of a full quota."""
     while error is not None:

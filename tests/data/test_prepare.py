@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -319,6 +320,35 @@ def test_two_runs_on_one_folder_exclude_each_other(tmp_path, data):
     assert len(run(data, tmp_path / "store")) == 20
 
 
+def test_locks_are_open_for_reading_and_writing_as_nfs_asks(tmp_path, data, monkeypatch):
+    modes, real = set(), fcntl.flock
+
+    def flock(file, kind):
+        modes.add(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        real(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    part(data, tmp_path / "store", (0, 2))
+    assert modes == {os.O_RDWR}
+
+
+def test_who_starts_while_a_store_is_renamed_leaves_it_alone(tmp_path, data, monkeypatch):
+    real, turned_away = os.rename, []
+
+    def rename(*paths):
+        monkeypatch.undo()
+        with pytest.raises(SistaError, match="another process is at work") as error:
+            run(data, tmp_path / "store")
+        turned_away.append(error)
+        real(*paths)
+
+    monkeypatch.setattr(os, "rename", rename)
+    store = run(data, tmp_path / "store")
+    assert len(turned_away) == 1
+    assert len(store.contents["files"]) == 6
+    assert not list((tmp_path / "store").glob(".lock*"))
+
+
 # four shards with their notes, manifest, what was left out, files.json, store.json
 @pytest.mark.parametrize("when", range(1, 13))
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, data, monkeypatch, when):
@@ -351,6 +381,22 @@ def test_a_place_that_may_not_be_written(tmp_path, data, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(SistaError, match=r"store: cannot be written \(Permission denied\); give another folder"):
         run(data, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ("file/store", "Not a directory"),
+        ("store", r"store\.partial: cannot be written \(File exists"),
+        ("x" * 300, "name too long"),
+    ],
+)
+def test_a_place_that_cannot_be(tmp_path, data, out, why):
+    for name in ("file", "store.partial"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(SistaError, match=f"{why}.*give another folder"):
+        run(data, tmp_path / out)
+    assert (tmp_path / "store.partial").read_text() == "mine"
 
 
 def test_a_working_folder_of_other_inputs_is_begun_anew(tmp_path, data, monkeypatch):
@@ -450,6 +496,37 @@ def test_one_part_excludes_itself_and_a_whole_run(tmp_path, data):
         with pytest.raises(SistaError, match="another process is at work"):
             run(data, tmp_path / "store")
         assert part(data, tmp_path / "store", (1, 3)) is None
+
+
+def test_a_part_waits_for_one_that_ends_and_takes_its_store(tmp_path, data):
+    def hold(until):
+        with (tmp_path / "store.partial/.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.set()
+            time.sleep(0.2)
+            until()
+
+    (tmp_path / "store.partial").mkdir()
+    run(data, tmp_path / "undisturbed")
+    for until in (lambda: None, lambda: os.rename(tmp_path / "undisturbed", tmp_path / "store")):
+        held = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(hold, until)
+            held.wait()
+            store = part(data, tmp_path / "store", (0, 3))
+            ended.result()
+    assert len(store) == 20
+    assert not (tmp_path / "store.partial").exists()
+
+
+def test_what_a_part_may_leave_out_is_a_share_of_the_release(tmp_path, data):
+    options = {"size": 32, "shard_rows": 6, "max_bad": 0.05, "progress": False}
+    data.rows[0].image.unlink()
+    done = [prepare_part(data, tmp_path / "store", (index, 3), **options) for index in range(3)]
+    assert len(done[-1]) == 19
+    data.rows[1].image.unlink()
+    with pytest.raises(SistaError, match="it and 1 more of 20 images are bad"):
+        prepare_part(data, tmp_path / "other", (0, 3), **options)
 
 
 @pytest.mark.parametrize("wrong", [(3, 3), (-1, 2), (0, 0)])

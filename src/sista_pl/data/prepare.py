@@ -6,24 +6,24 @@ renaming the folder to `<out>` makes it a store.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sista_pl.data.formats import Release
 from sista_pl.data.shards import RESIZE, Shards, relative
 from sista_pl.data.store import SCHEMA, Store
-from sista_pl.errors import SistaError, disk_full
+from sista_pl.errors import SistaError, disk_full, unwritable
 
 
 def prepare(
@@ -89,22 +89,24 @@ def prepare_part(
     if size < 1:
         raise SistaError(f"size {size}: not a size; give pixels, 256 for example")
     fingerprint = _fingerprint(release, size)
-    if store := _finished(out, fingerprint):
-        return store
     partial = out.with_name(out.name + ".partial")
     shards = Shards(release, partial, size, max_bad, shard_rows, fingerprint)
     busy = f"{partial}: another process is at work in it; wait or give another folder"
     try:
+        if store := _finished(out, fingerprint):
+            return store
         partial.mkdir(parents=True, exist_ok=True)
         if parts > 1:
-            with _locked(partial / ".lock", shared=True) as free, _locked(partial / f".lock-{index}of{parts}") as mine:
-                if not free or not mine:
-                    raise SistaError(busy)
-                shards.write(range(index, len(shards), parts), workers, progress)
+            # a part that ends has it alone for as long as it looks whether others are missing
+            with _locked(partial / ".lock", shared=True, patience=5.0) as free:
+                if store := _finished_meanwhile(out, fingerprint, partial):
+                    return store
+                with _locked(partial / f".lock-{index}of{parts}") as mine:
+                    if not free or not mine:
+                        raise SistaError(busy)
+                    shards.write(range(index, len(shards), parts), workers, progress)
         with _locked(partial / ".lock") as alone:
-            # another process may have finished it between the first look and the lock
-            if store := _finished(out, fingerprint):
-                shutil.rmtree(partial, ignore_errors=True)
+            if store := _finished_meanwhile(out, fingerprint, partial):
                 return store
             if not alone and parts == 1:
                 raise SistaError(busy)
@@ -114,14 +116,13 @@ def prepare_part(
             shards.clean()
             shards.write(range(len(shards)), workers, progress and parts == 1)
             shards.finish()
-            for lock in partial.glob(".lock*"):
-                lock.unlink()
             os.rename(partial, out)
+            # not before: who starts while there is no lock takes one of his own, and the folder with it
+            for lock in out.glob(".lock*"):
+                lock.unlink()
     except OSError as why:
-        if why.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise SistaError(f"{out}: cannot be written ({why.strerror}); give another folder") from None
         if not disk_full(why):
-            raise
+            raise unwritable(out, why) from None
         raise SistaError(f"{out}: disk full; free some space and run again, {partial} goes on from there") from None
     return Store.open(out)
 
@@ -138,6 +139,13 @@ def _finished(out: Path, fingerprint: str) -> Store | None:
             f"{out}: holds another store ({store.name} {store.version}, {len(store)} images of {store.size} px); "
             "give another folder or delete it"
         )
+    return store
+
+
+def _finished_meanwhile(out: Path, fingerprint: str, partial: Path) -> Store | None:
+    """The same after the wait for a lock, for which the working folder may have been made anew."""
+    if store := _finished(out, fingerprint):
+        shutil.rmtree(partial, ignore_errors=True)
     return store
 
 
@@ -159,17 +167,23 @@ def _json(value: Any) -> bytes:
 
 
 @contextmanager
-def _locked(file: Path, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock, if it is free; it goes with the process, however that ends."""
+def _locked(file: Path, shared: bool = False, patience: float = 0.0) -> Iterator[bool]:
+    """Hold a lock, if it is free within `patience` seconds; it goes with the process, however that ends."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError as why:
-            # some cluster file systems have no such lock
-            warnings.warn(f"{file.parent}: cannot be locked ({why}); start no second run on it", stacklevel=2)
-            free = True
+    # NFSv4 gives a shared lock only to who may read, the other only to who may write
+    with file.open("a+") as lock:
+        end = time.monotonic() + patience
+        while not (free := _lock(lock, shared)) and time.monotonic() < end:
+            time.sleep(0.05)
         yield free
+
+
+def _lock(file: TextIO, shared: bool) -> bool:
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as why:
+        # some cluster file systems have no such lock
+        warnings.warn(f"{file.name}: cannot be locked ({why}); start no second run on it", stacklevel=2)
+    return True

@@ -86,7 +86,7 @@ class Shards:
         release: what a reader found.
         folder: the working folder.
         size: side of the stored squares in pixels.
-        max_bad: share of unreadable images above which a run stops.
+        max_bad: share of unreadable images among the release's above which a run stops.
         shard_rows: rows of the release in a shard, at most.
         fingerprint: of all that the bytes follow from, but the pixels.
     """
@@ -108,7 +108,7 @@ class Shards:
         numbers = list(numbers)
         done = {number: note for number in numbers if (note := self._note(number)) and self._still_bad(note)}
         rows = {number: self._rows(number) for number in numbers}
-        total, bad = sum(map(len, rows.values())), dict[int, str]()
+        bad = dict[int, str]()
         with ExitStack() as stack:
             # an image of too many pixels is refused by images.py; Pillow's own warning would only repeat it
             stack.enter_context(warnings.catch_warnings())
@@ -116,7 +116,7 @@ class Shards:
             # the same for headers that are odd and yet readable
             warnings.filterwarnings("ignore", module=r"pydicom|gdcm")
             pool = stack.enter_context(ThreadPoolExecutor(workers)) if workers > 0 else None
-            advance = stack.enter_context(_bar(total, progress))
+            advance = stack.enter_context(_bar(sum(map(len, rows.values())), progress))
             for number in numbers:
                 note = done.get(number)
                 if note is None:
@@ -126,7 +126,7 @@ class Shards:
                 else:
                     advance(len(rows[number]))
                 bad |= {int(index): why for index, why in note["bad"].items()}
-                self._check_bad(bad, total)
+                self._check_bad(bad)
 
     def missing(self) -> list[int]:
         """Return the shards without a note."""
@@ -229,7 +229,8 @@ class Shards:
             files[name] = _write(self.folder / name, _npy(array if not bad else array[good]))
         return {"shard": number, "rows": len(good), "files": files, "bad": bad, "facts": facts}
 
-    def _check_bad(self, bad: dict[int, str], total: int) -> None:
+    def _check_bad(self, bad: dict[int, str]) -> None:
+        total = len(self.release.rows)
         if len(bad) <= self.max_bad * total:
             return
         listing = self.folder / "skipped.csv"
@@ -258,7 +259,7 @@ class Shards:
         known = {int(index): facts for note in notes for index, facts in note["facts"].items()}
         kept = [row for index, row in enumerate(self.release.rows) if index not in bad]
         facts = [known[index] for index in range(len(self.release.rows)) if index not in bad]
-        self._check_bad(bad, len(self.release.rows))
+        self._check_bad(bad)
         if not kept:
             listing = self.folder / "skipped.csv"
             _write(listing, [self._skipped_csv(bad)])

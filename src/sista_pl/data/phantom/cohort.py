@@ -20,6 +20,7 @@ import pandas as pd
 
 from sista_pl.allocator import keep_memory
 from sista_pl.data.formats.open_i import TaggedReport
+from sista_pl.data.masks import encode_rle
 from sista_pl.data.phantom import knobs
 from sista_pl.data.phantom.film import Rendering, render
 from sista_pl.data.phantom.mesh import findings_from_mesh
@@ -27,7 +28,7 @@ from sista_pl.data.phantom.objects import Shape, draw_objects, outline, put_obje
 from sista_pl.data.phantom.real import RealReports, read_real_reports, real_document, study_from_mesh
 from sista_pl.data.phantom.report import Report, document, stated, write_report
 from sista_pl.data.phantom.study import Study, draw_patient, draw_study, with_share
-from sista_pl.errors import SistaError
+from sista_pl.errors import SistaError, unwritable
 from sista_pl.registry import Registry
 
 PHANTOM_VERSION = "1.3"
@@ -238,12 +239,15 @@ def write_phantom(
     told |= {"generator": generator_hash(form), "layout": layout, "seed": seed, "studies": studies, "size": size}
     if real is not None:
         told["reports"] = real.sha256
-    if _is_there(root, told):
-        return root
     # A name of its own for each process: two that start together do not write into one folder.
     part = root.with_name(f".{root.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        if _is_there(root, told):
+            return root
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as why:
+        raise unwritable(root, why) from None
     try:
         plans = list(_plans(studies, seed, form.single or real is not None))
         words = [None] * studies if real is None else real.reports[:studies]
@@ -324,14 +328,6 @@ def _crop(rendering: Rendering, rng: np.random.Generator) -> Rendering:
         lost //= 2
         rows, columns = slice(0, size), slice(lost, size - lost)
     return rendering.crop(rows, columns)
-
-
-def encode_rle(mask: np.ndarray) -> str:
-    """(H, W) bool → "start length start length …", column by column, pixels counted from 1 (Kaggle's form)."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    starts, ends = edges[::2], edges[1::2]
-    return " ".join(f"{start + 1} {end - start}" for start, end in zip(starts, ends, strict=True))
 
 
 def decode_rle(text: str, shape: tuple[int, int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from PIL import Image
 from sista_pl.data.doctor.subject import Subject
 from sista_pl.data.images import IGNORE
 
+# A film that is written again as a JPEG, at two
 # thirds of its size, or with another contrast differs in 4 to 28 of the 256 bits (median 4 to 16) and its details
 # correlate by 0.87 at least; of two films, the nearest differ in 40 and correlate by 0.76. A crop of 3% is not found.
 NEAR_BITS = 30

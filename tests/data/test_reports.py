@@ -39,6 +39,16 @@ def test_findings_and_impression_are_cut_at_headers_and_put_on_one_line():
         (" FINDINGS: ___\n IMPRESSION: Seen.", {"impression": "Seen."}),
         (" FINDINGS: One.\r\n\r\n FINDINGS: Two.\r\n", {"findings": "One. Two."}),
         (" IMPRESSION: Kept.\n\n WET READ: Not kept.", {"impression": "Kept."}),
+        (
+            "FINDINGS:\nLUNGS: Left effusion.\nHEART: Enlarged.\nIMPRESSION: Effusion.\n CHEST: Old.\nSIGNED BY: Dr. X",
+            {"findings": "LUNGS: Left effusion. HEART: Enlarged.", "impression": "Effusion. CHEST: Old."},
+        ),
+        *(
+            (f" FINDINGS: Kept.\n {header}: Left out.\n IMPRESSION: K.", {"findings": "Kept.", "impression": "K."})
+            for header in """EXAM|TYPE OF EXAMINATION|INDICATION|CLINICAL INFORMATION|PATIENT HISTORY|TECHNIQUE|DATE
+                REASON FOR EXAM|COMPARISONS|REFERENCE EXAM|NOTIFICATION|RECOMMENDATION(S)|ADDENDUM|WETREAD|PFI
+                PROVISIONAL FINDINGS IMPRESSION (PFI)""".replace("\n", "|").split("|")
+        ),
         (" HISTORY: pain\n\n Heart is big.\n\n \n", {"last_paragraph": "Heart is big."}),
         (" FINAL REPORT\n CHEST: Heart is big.", {"last_paragraph": "Heart is big."}),
         ("the findings: are in the middle of a line", {"last_paragraph": "the findings: are in the middle of a line"}),

@@ -17,10 +17,15 @@ _SECTIONS = {
     "CONCLUSION": "impression",
     "CONCLUSIONS": "impression",
 }
-# A header is any upper-case line start with a colon ("WET READ:" ends the findings), or one of ours in any case.
+# A header is any upper-case line start with a colon, or one of ours in any case.
 _HEADER = re.compile(
     rf"^[ \t]*((?:[A-Z][A-Z ()/,&-]{{2,60}})|(?i:{'|'.join(sorted(_SECTIONS, key=len, reverse=True))}))[ \t]*:",
     re.MULTILINE,
+)
+# Those that end the findings or the impression; "LUNGS:" is a part of them.
+_ASIDE = re.compile(
+    r"\b(?:EXAM|INDICATION|HISTORY|CLINICAL|REASON|TECHNI|PROCEDURE|COMPAR|REFERENCE|WET ?READ|PRELIMINARY|PROVISIONAL"
+    r"|PFI|NOTIF|RECOMMEND|ADDENDUM|DATE\b|DOSE\b|READ BY|SIGNED|DICTATED|TRANSCRIBED|PHYSICIAN|RADIOLOGIST|ATTENDING)"
 )
 _TITLE = re.compile(r"^[ \t]*(?:FINAL|WET|PRELIMINARY) (?:REPORT|READ)\b.*$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n[ \t]*\n")
@@ -82,13 +87,19 @@ NORMALISE = {"unicode": clean, "mgca": normalise_mgca}
 def split_sections(text: str) -> dict[str, str]:
     """Cut a report, as MIMIC-CXR writes it, into its sections.
 
+    A header begins a line. One that is not known, as "LUNGS:", is text of the section that it stands in.
+
     Returns:
         cleaned "findings" ("FINDINGS AND IMPRESSION" too) and "impression" ("CONCLUSION" too), where they are not
         empty; a repeated section is joined. Where neither is there: "last_paragraph", the text after the last blank
         line, without its header. Empty dict for a report without a word.
     """
     text = _TITLE.sub("", text.replace("\r\n", "\n"))
-    headers = list(_HEADER.finditer(text))
+    headers = [
+        header
+        for header in _HEADER.finditer(text)
+        if header[1].strip().upper() in _SECTIONS or _ASIDE.search(header[1])
+    ]
     sections: dict[str, str] = {}
     ends = [header.start() for header in headers[1:]] + [len(text)]
     for header, end in zip(headers, ends, strict=False):

@@ -136,6 +136,9 @@ def test_the_command_line_wins_over_interpolation(capsys, workdir):
         (["fit", "--config", "pretrain.yaml", "--ckpt_path", "nowhere.ckpt"], "no such file"),
         (["test", "--config", "pretrain.yaml"], "run `sista fit --config pretrain.yaml` first"),
         (["fit", "--config", "pretrain.yaml", "--privacy", "none"], "privacy"),
+        (["fit", "--config", "pretrain.yaml", "--seed_everything", "-5"], "--seed_everything is -5; give one from 0"),
+        (["fit", "--config", "pretrain.yaml", "--run_root", __file__], "is no folder that can be written"),
+        (["fit", "--config", "pretrain.yaml", "--run_root", f"{__file__}/runs"], "is no folder that can be written"),
         (["list", "taskz"], None),
     ],
 )
@@ -159,6 +162,10 @@ def test_broken_yaml_and_unknown_keys_in_files(capsys, workdir):
     code, _, err = run(capsys, "fit", "--config", "broken.yaml")
     assert code == 2
     assert err.startswith("sista: ")
+    (workdir / "latin.yaml").write_bytes("name: Bär\n".encode("latin-1"))
+    code, _, err = run(capsys, "fit", "--config", "latin.yaml")
+    assert code == 2
+    assert err.startswith("sista: configuration: not YAML: 'utf-8' codec can't decode byte 0xe4 in position 7")
     (workdir / "extra.yaml").write_text("trainer:\n  max_epoch: 3\n")
     code, _, err = run(capsys, "fit", "--config", "pretrain.yaml", "--config", "extra.yaml")
     assert code == 2

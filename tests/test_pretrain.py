@@ -129,6 +129,14 @@ def test_list_runs(finished, capsys):
     assert "runs/pretrain/0001" in out
     assert "R@10_chance" in out
     assert "PHANTOM DATA" in out
+    broken = finished[0] / "runs/pretrain/0002"
+    broken.mkdir()
+    (broken / "metrics.json").write_text('{"best": ')
+    assert main(["list", "runs"]) == 0
+    shutil.rmtree(broken)
+    out = capsys.readouterr().out
+    assert "R@10_chance" in out
+    assert "can't be read; make this run again" in out
 
 
 def test_checkpoint_of_another_kind(finished, tmp_path):
@@ -158,6 +166,12 @@ def test_checkpoint_of_another_kind(finished, tmp_path):
         (["--trainer.max_epochs", "-1"], "no end of training"),
         (["--data.crop", "80", "--model.image_size", "80"], "crop is 80"),
         (["--data.similarity", "findigs"], "did you mean findings"),
+        (["--trainer.strategy", "foo"], "trainer: "),
+        (["--trainer.accelerator", "gpu"], "trainer: "),
+        (["--trainer.devices", "foo"], "trainer: "),
+        (["--trainer.limit_train_batches", "-1"], "trainer: "),
+        (["--checkpoint_every", "-1"], "trainer: "),
+        (["--trainer.max_epochs", "-3"], "trainer: "),
     ],
 )
 def test_mistakes_of_the_data_group_are_one_line(capsys, workdir, tiny, change, line):

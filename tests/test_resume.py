@@ -1,5 +1,6 @@
 """A run killed in mid-epoch and resumed ends in the weights of the uninterrupted one."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from sista_pl.callbacks import ModelCheckpoint
 
 COMMON = [
     "fit", "--config", "pretrain.yaml", "--data.root", "null", "--data.phantom", "null", "--data.format", "null",
@@ -53,6 +57,19 @@ def stop(argv: list[str], folder: Path, number: signal.Signals, ready, send=os.k
         send(victim.pid, number)
         victim.wait()
     return victim
+
+
+def test_a_run_that_was_moved_keeps_its_best(tmp_path):
+    before, after = (ModelCheckpoint(str(tmp_path / name), "best", monitor="val/x", mode="max") for name in "ab")
+    before.best_model_score = before.kth_value = torch.tensor(0.9)
+    before.best_model_path = before.kth_best_model_path = str(tmp_path / "a/best.ckpt")
+    before.best_k_models = {before.best_model_path: before.best_model_score}
+    assert after.state_key == before.state_key
+    after.load_state_dict(before.state_dict())
+    trainer = argparse.Namespace(strategy=SingleDeviceStrategy())
+    assert not after.check_monitor_top_k(trainer, torch.tensor(0.1))
+    assert after.check_monitor_top_k(trainer, torch.tensor(0.95))
+    assert after.best_model_path == after.kth_best_model_path == str(tmp_path / "b/best.ckpt")
 
 
 def assert_equal(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> None:

@@ -1,5 +1,7 @@
 """Nothing leaves for another machine unless it is allowed."""
 
+import argparse
+import os
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 from sista_pl import privacy, tracking
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
+from sista_pl.lightning_cli import _without_passwords
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,43 @@ def test_runs_that_start_together_make_one_store(workdir):
 
 def test_a_store_that_cannot_be_written_is_one_line(workdir):
     (workdir / "file").write_text("")
-    with pytest.raises(SistaError, match=r"can't be written .*; set MLFLOW_TRACKING_URI"):
+    with pytest.raises(SistaError, match=r"can't be used .*; set MLFLOW_TRACKING_URI"):
         tracking.open_store("sqlite:///file/mlflow.db", "mine")
     tracking.open_store("http://127.0.0.1:5000", "mine")  # a server makes its own
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("./mlruns", "./mlruns can't be used"),
+        ("sqlite:///text.db", "file is not a database"),
+        ("http://me:geheim@127.0.0.1:9", "http://127.0.0.1:9 can't be used"),
+        ("nosuch://me:geheim@127.0.0.1:9/x", "nosuch://127.0.0.1:9/x can't be used"),
+        ("postgresql+nosuch://me:geheim@127.0.0.1:9/x", "//127.0.0.1:9/x can't be used"),
+    ],
+)
+@pytest.mark.parametrize("allowed", privacy.PRIVACY)
+def test_a_tracker_that_cannot_be_used_is_one_line_and_soon(workdir, uri, said, allowed):
+    (workdir / "text.db").write_text("this is no database at all, it is a text\n" * 9)
+    with pytest.raises(SistaError) as why:  # noqa: PT012  either of them may be the one that says it
+        tracking.open_store(uri, "mine")
+        privacy.check_artifacts(uri, "mine", None, allowed)
+    assert said in str(why.value)
+    assert "geheim" not in str(why.value)
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_a_run_whose_mlflow_run_is_elsewhere_is_tested_in_a_new_one(caplog, workdir, tiny, monkeypatch):
+    assert main(["fit", "--config", "pretrain.yaml", *tiny]) == 0
+    first = (workdir / "runs/pretrain/0001/mlflow_run_id").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert main(["test", "--config", "pretrain.yaml", *tiny]) == 0
+    assert f"MLflow run {first} is not in this tracker" in caplog.text
+
+
+def test_a_password_stays_out_of_the_configuration():
+    uri, plain = "http://me:geheim@tracker:5000", "http://tracker:5000"
+    for given, kept in ((uri, "${oc.env:MLFLOW_TRACKING_URI}"), (plain, plain)):
+        logger = argparse.Namespace(class_path="MLFlowLogger", init_args={"tracking_uri": given})
+        config = argparse.Namespace(trainer=argparse.Namespace(logger=[logger]))
+        assert _without_passwords(f"a: 1\ntracking_uri: {given}\n", config) == f"a: 1\ntracking_uri: {kept}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
 from pytorch_lightning.loggers import MLFlowLogger
 from rich.console import Console
 
@@ -24,6 +24,18 @@ from sista_pl.errors import SistaError
 from sista_pl.runs import CHECKPOINTS, new_run
 
 PHANTOM = "PHANTOM DATA: drawn by a program, no patient"
+
+
+class ModelCheckpoint(callbacks.ModelCheckpoint):
+    """Lightning's, whose folder may have moved: Lightning's own would forget the best score, and keep a worse epoch."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath))
+        state = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = str(here / Path(state[key]).name) if state.get(key) else ""
+        state["best_k_models"] = {str(here / Path(path).name): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict(state)
 
 
 class RunFolder(Callback):
@@ -52,7 +64,7 @@ class RunFolder(Callback):
                 path = new_run(self.root, self.name)
             self.path = Path(trainer.strategy.broadcast(str(path)))
         for callback in trainer.callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if isinstance(callback, callbacks.ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.path / CHECKPOINTS).resolve())
         if (stage == "fit" or not task.trains) and trainer.is_global_zero:
             (self.path / "config.yaml").write_text(self.config)
@@ -175,7 +187,7 @@ class Results(Callback):
         figures = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **figures})
         score, sign = figures.get(str(task.monitor)), 1 if task.mode == "max" else -1
-        if score is not None and (not self.best or sign * score > sign * self.best["score"]):
+        if score is not None and not math.isnan(score) and (not self.best or sign * score > sign * self.best["score"]):
             self.best = {"score": score, "epoch": trainer.current_epoch, "step": trainer.global_step,
                          "figures": {k: v for k, v in figures.items() if k.startswith("val/")},
                          "intervals": task.report("val")}  # fmt: skip

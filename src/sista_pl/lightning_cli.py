@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -15,20 +16,20 @@ from typing import Any, Literal, NoReturn
 import yaml
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from sista_pl import packaged, plugins, runs
 from sista_pl.allocator import keep_memory
-from sista_pl.callbacks import DataWait, ExactResume, Results, RunFolder
+from sista_pl.callbacks import DataWait, ExactResume, ModelCheckpoint, Results, RunFolder
 from sista_pl.data.module import BaseDataModule
 from sista_pl.data.pairs import PairDataModule  # noqa: F401  addressable by its short name
 from sista_pl.data.transfer import TransferDataModule  # noqa: F401
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.precision import usual_precision
 from sista_pl.preemption import Preemption
-from sista_pl.privacy import PRIVACY, check_artifacts, check_logger, default_privacy
+from sista_pl.privacy import PRIVACY, check_artifacts, check_logger, default_privacy, without_password
 from sista_pl.task import BaseTask
 from sista_pl.tracking import open_store
 
@@ -167,6 +168,12 @@ class SistaCLI(LightningCLI):
         Lightning 2.6 would let the checkpoint's hyper-parameters silently beat the command line here.
         """
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise SistaError(f"--seed_everything is {seed}; give one from 0 to 4294967295")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.run_name = config.name or _first_config(sys.argv[1:])
@@ -201,6 +208,7 @@ class SistaCLI(LightningCLI):
             rank_zero_info(
                 f"precision: {config.trainer.precision}, as suits this machine; --trainer.precision sets another"
             )
+        _check_folder(root)
         self._check_tracking(config)
 
     def _trains(self, config: Any) -> bool:
@@ -243,12 +251,16 @@ class SistaCLI(LightningCLI):
         elif place.get("run_name") is None:
             place.run_name = self.run_name
         open_store(place.tracking_uri, place.experiment_name, place.get("artifact_location"))
-        if self.subcommand != "predict":  # which logs nothing
-            check_artifacts(place.tracking_uri, place.experiment_name, place.get("run_id"), config.privacy)
+        if self.subcommand == "predict":  # which logs nothing
+            return
+        run = place.get("run_id")
+        if not check_artifacts(place.tracking_uri, place.experiment_name, run, config.privacy) and run is not None:
+            rank_zero_info(f"tracking: MLflow run {run} is not in this tracker; a new one goes on in its place")
+            place.run_id, place.run_name = None, self.run_name
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
-        dump = self._parser(self.subcommand).dump(config, skip_none=False)
+        dump = _without_passwords(self._parser(self.subcommand).dump(config, skip_none=False), config)
         folder = RunFolder(Path(config.run_root), self.run_name, dump, self.resumed, config.privacy)
         callbacks: list[Any] = [folder, ExactResume(), DataWait(), Results(folder)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
@@ -263,7 +275,10 @@ class SistaCLI(LightningCLI):
         if self.resumed is not None:  # the run has its parameters, and MLflow refuses other values of them
             self.model._log_hyperparams = False
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, ImportError) as why:  # what the Trainer says of its arguments
+            raise _trainer_mistake(why) from why
 
 
 def run_trainer(argv: Sequence[str]) -> int:
@@ -284,7 +299,9 @@ def run_trainer(argv: Sequence[str]) -> int:
         )  # fmt: skip
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)
-    except yaml.YAMLError as why:
+    except MisconfigurationException as why:
+        raise mistake_in(why) or _trainer_mistake(why) from why
+    except (yaml.YAMLError, UnicodeDecodeError) as why:
         raise SistaError(f"configuration: not YAML: {' '.join(str(why).split())[:200]}; check that place") from why
     except Exception as why:
         mistake = mistake_in(why) or _other_shape(why)
@@ -294,6 +311,31 @@ def run_trainer(argv: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _trainer_mistake(why: Exception) -> SistaError:
+    return SistaError(f"trainer: {' '.join(str(why).split())[:400]}; see `sista fit --help`")
+
+
+def _check_folder(root: Path) -> None:
+    """Refuse a folder of runs that can't be made, before the data are prepared.
+
+    Raises:
+        SistaError: it, or one above it, is a file or may not be written.
+    """
+    place = next(place for place in (root, *root.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise SistaError(f"--run_root {root}: {place} is no folder that can be written; give another")
+
+
+def _without_passwords(dump: str, config: Any) -> str:
+    """Return a run's configuration where the environment says the URI of a tracker that has a password in it."""
+    given = config.trainer.logger
+    for logger in given if isinstance(given, list) else [given]:
+        uri = str(logger.init_args.get("tracking_uri") or "") if hasattr(logger, "class_path") else ""
+        if without_password(uri) != uri:
+            dump = dump.replace(uri, "${oc.env:MLFLOW_TRACKING_URI}")
+    return dump
 
 
 def _other_shape(why: Exception) -> SistaError | None:

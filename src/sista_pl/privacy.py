@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import pandas as pd
 
-from sista_pl.errors import SistaError, did_you_mean
+from sista_pl.errors import SistaError, did_you_mean, disk_full
 
 PRIVACY = ("local_only", "allow_patient_data")
 ID_COLUMNS = ("image_id", "patient_id", "study_id", "image")
 # besides MLFlowLogger, the loggers of Lightning that write files and nothing else
 FILE_LOGGERS = ("CSVLogger", "TensorBoardLogger")
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 # MLflow would send figures of its own use to its makers
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -72,15 +75,18 @@ def check_destination(uri: str, privacy: str, what: str = "") -> None:
         return
     if not is_local(uri):
         raise SistaError(
-            f"tracking: {what}{uri} is not on this machine and pictures and report texts would go there; set "
-            "MLFLOW_TRACKING_URI to sqlite:///… or a loopback address, or --privacy allow_patient_data if that is right"
+            f"tracking: {what}{without_password(uri)} is not on this machine and pictures and report texts would go "
+            "there; set MLFLOW_TRACKING_URI to sqlite:///… or a loopback address, or --privacy allow_patient_data if "
+            "that is right"
         )
     if urlparse(str(uri)).scheme in ("http", "https"):
         from requests.utils import get_environ_proxies, select_proxy  # what mlflow asks with
 
         if select_proxy(uri, get_environ_proxies(uri)):
-            raise SistaError(f"tracking: {uri} would be asked for over the proxy of HTTP_PROXY, another machine; set "
-                             "NO_PROXY=localhost,127.0.0.1")  # fmt: skip
+            raise SistaError(
+                f"tracking: {without_password(uri)} would be asked for over the proxy of HTTP_PROXY, another machine; "
+                "set NO_PROXY=localhost,127.0.0.1"
+            )
 
 
 def check_logger(class_path: str, arguments: Mapping[str, Any], privacy: str) -> None:
@@ -103,7 +109,7 @@ def check_logger(class_path: str, arguments: Mapping[str, Any], privacy: str) ->
         )
 
 
-def check_artifacts(uri: str, experiment: str, run: str | None, privacy: str) -> None:
+def check_artifacts(uri: str, experiment: str, run: str | None, privacy: str) -> bool:
     """Refuse a tracker that is here and has its artifacts elsewhere: `publish` would, after the first epoch.
 
     Args:
@@ -112,26 +118,52 @@ def check_artifacts(uri: str, experiment: str, run: str | None, privacy: str) ->
         run: id of the run that goes on, or None for a new one.
         privacy: see `check_destination`.
 
+    Returns:
+        Whether the tracker has the run that goes on.
+
     Raises:
         SistaError: under `local_only`, artifacts on another machine; a tracker that doesn't answer.
     """
-    if privacy == "allow_patient_data":
-        return
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(uri)
-    try:
-        if run is not None:
-            place = client.get_run(run).info.artifact_uri
-        else:
-            found = client.get_experiment_by_name(experiment)
-            place = "" if found is None else found.artifact_location
-    except MlflowException as why:
-        if why.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return
-        raise SistaError(f"tracking: {uri} can't be used ({told(why)}); set MLFLOW_TRACKING_URI to another") from why
+    with answering(uri):
+        client = MlflowClient(uri)
+        try:
+            held = None if run is None else client.get_run(run)
+        except MlflowException as why:
+            if why.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            held = None
+        found = None if held is not None else client.get_experiment_by_name(experiment)
+    place = held.info.artifact_uri if held is not None else "" if found is None else found.artifact_location
     check_destination(place, privacy, f"the artifacts of {experiment!r}, ")
+    return held is not None
+
+
+@contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Say in a line that a tracker can't be used, soon: MLflow would try for minutes, as is right in a training."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    given = os.environ.get(RETRIES)
+    os.environ.setdefault(RETRIES, "1")
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as why:
+        if disk_full(why):
+            raise
+        said = without_password(f"{uri} can't be used ({told(why)})")
+        raise SistaError(f"tracking: {said}; set MLFLOW_TRACKING_URI to another") from why
+    finally:
+        if given is None:
+            del os.environ[RETRIES]
+
+
+def without_password(text: str) -> str:
+    """Return a URI, or a text with one, without the user and password that it may have."""
+    return re.sub(r"//[^/@\s]*@", "//", str(text))
 
 
 def without_ids(path: Path, room: Path, key: Path | None) -> Path:

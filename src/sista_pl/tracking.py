@@ -21,7 +21,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from sista_pl.errors import SistaError
 from sista_pl.plugins import code_hash
-from sista_pl.privacy import check_destination, told, without_ids
+from sista_pl.privacy import answering, check_destination, told, without_ids
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -43,15 +43,13 @@ def open_store(uri: str, experiment: str, artifacts: str | None = None) -> None:
     from mlflow.tracking import MlflowClient
 
     file = Path(parts.path.removeprefix("/"))
-    try:
+    with answering(uri):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.with_name(f"{file.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment) is None:
                 client.create_experiment(experiment, artifacts)
-    except OSError as why:
-        raise SistaError(f"tracking: {uri} can't be written ({why.strerror}); set MLFLOW_TRACKING_URI") from why
 
 
 def publish(trainer: Trainer, path: Path, folder: str = "") -> None:

@@ -57,7 +57,7 @@ def validated(root: Path, name: str) -> tuple[str, float]:
     for run in reversed(runs.runs_of(root, name)):
         if (run / "metrics.json").is_file():
             told = json.loads((run / "metrics.json").read_text())
-            monitor, score = str(told["monitor"]), told["best"]["score"]
+            monitor, score = str(told["monitor"]), (told["best"] or {}).get("score")
             if "loss" in monitor or score is None:
                 raise SistaError(f"tune: {name} was chosen by {monitor} = {score}; give a task that has a figure")
             return monitor, float(score)

@@ -102,7 +102,11 @@ def _runs(root: Path) -> list[tuple[str, str]]:
     names = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     for name in names:
         for run in runs_of(root, name):
-            rows.append((f"{run.as_posix()}", _run_summary(run)))
+            try:
+                told = _run_summary(run)
+            except ValueError:
+                told = "metrics.json can't be read; make this run again"
+            rows.append((run.as_posix(), told))
     return rows
 
 

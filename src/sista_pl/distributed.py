@@ -73,7 +73,7 @@ def global_mean(values: Tensor, weight: Tensor) -> Tensor:
     """
     weight = weight.to(values.dtype)
     total = all_sum(weight.sum().detach())
-    return world_size() * (values * weight).sum() / total.clamp_min(torch.finfo(values.dtype).tiny)
+    return world_size() * (values * weight).sum() / torch.where(total > 0, total, 1)
 
 
 def make_shardable(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """One process with B pairs equals two gloo ranks with B/2 each: loss and every gradient.
 
 The ranks run this file as a script, both for all cases, so that starting them is paid once.
-B pairs, P patches, L words, D joint dimension.
+B pairs, P patches, L words, D joint dimension, K classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ CASES = {
     "sta patch_to_word": [{**WITHIN, "direction": "patch_to_word"}],
     "sta both, topk": [{**WITHIN, "direction": "both", "sparsity": "topk", "top": 3}],
     "sta both, softmax, mean over words": [{**WITHIN, "direction": "both", "sparsity": "softmax", "reduction": "word"}],
+    **{name: [{"name": name}] for name in ("bce", "cross_entropy", "dice_bce", "focal_logdice")},
 }
 
 
@@ -89,12 +90,20 @@ class Model(nn.Module):
             semantics=Semantics(batch["semantics"], 0.2, sample),
             labels=batch["labels"],
         )  # fmt: skip
-        parts = [loss(pair) for loss in self.losses]
+        looked_at = {
+            "pair": (pair,),
+            "labels": (pair.text.pooled[:, :4], batch["classes"]),  # B K
+            "mask": (pair.image.local[:, None], batch["mask"]),  # B 1 H W, B H W
+        }
+        parts = [loss(*looked_at[getattr(loss, "takes", "pair")]) for loss in self.losses]
         return sum(loss for loss, _ in parts), parts[0][1]
 
 
 def make_batch() -> tuple[dict[str, Tensor], Tensor]:
-    """B pairs with 0 to 7 words, unevenly over the ranks, and two reports of equal semantics on different ranks."""
+    """B pairs with 0 to 7 words, unevenly over the ranks, and two reports of equal semantics on different ranks.
+
+    The second rank alone has an object in its masks; the first has less that is known.
+    """
     draw = torch.Generator().manual_seed(1)
     names = torch.tensor([word_id(word) for word in ("heart", "lung", "edema", "rib", "the", "left", "hila")])
     signs = torch.tensor([1, 1, 1, -1])
@@ -110,7 +119,11 @@ def make_batch() -> tuple[dict[str, Tensor], Tensor]:
         "ids": torch.where(torch.arange(7) < lengths[:, None], picked, 0),
         "semantics": nn.functional.normalize(semantics, dim=1),
         "labels": torch.tensor([1.0, 0.0, 0.0, float("nan")])[torch.randint(4, (B, 4), generator=draw)],
+        "classes": torch.eye(4)[torch.randint(4, (B,), generator=draw)],
+        "mask": torch.tensor([0, 127, 255], dtype=torch.uint8)[torch.randint(3, (B, 9, 5), generator=draw)],
     }
+    batch["classes"][[0, 2, 3, 5]] = float("nan")
+    batch["mask"][: B // RANKS].clamp_(max=127)
     return batch, torch.rand(32, 64, generator=draw)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sista_pl.distributed import global_mean
 from sista_pl.losses import LOSSES
 
 
@@ -23,7 +24,7 @@ class BinaryCrossEntropy(nn.Module):
         each = nn.functional.binary_cross_entropy_with_logits(
             logits.float(), torch.where(known, labels, 0).float(), reduction="none"
         )
-        return (each * known).sum() / known.sum().clamp(min=1), {}
+        return global_mean(each, known), {}
 
 
 @LOSSES.register("cross_entropy")
@@ -36,4 +37,4 @@ class CrossEntropy(nn.Module):
         """Args: logits (B, K), labels (B, K) one-hot, a row of NaN where unknown."""
         known = ~torch.isnan(labels).any(1)
         each = -(torch.nan_to_num(labels).float() * logits.float().log_softmax(1)).sum(1)
-        return (each * known).sum() / known.sum().clamp(min=1), {}
+        return global_mean(each, known), {}

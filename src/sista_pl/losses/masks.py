@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sista_pl.data.images import IGNORE
+from sista_pl.distributed import all_sum, global_mean
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
 from sista_pl.losses.arguments import number
@@ -27,11 +29,30 @@ def binary_target(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask == 255, 1, mask)[:, None].float()
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the binary cross-entropy (B, 1, H, W) of each pixel; that of an ignored one means nothing."""
+    known = target != IGNORE
+    return F.binary_cross_entropy_with_logits(logits, torch.where(known, target, 0), reduction="none")
+
+
+def soft_dice(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the soft Dice () of the object pixels of all ranks, smoothed by one pixel, and whether there is one.
+
+    Of p in [0, 1] and t of 0 or 1 it is 2 Σpt = Σp + Σt - Σ|p - t|, summed so in segmentation-models-pytorch, too.
+    """
+    known = target != IGNORE
+    predicted, true = F.logsigmoid(logits).exp() * known, target * known
+    sums = torch.stack([predicted.sum(), true.sum(), torch.linalg.vector_norm(predicted - true, ord=1)])
+    predicted, true, apart = all_sum(sums)
+    both = (predicted + true - apart) / 2
+    return (both + 1) / ((predicted + true) / 2 + 1), true > 0
+
+
 @LOSSES.register("dice_bce")
 class DiceBCE(nn.Module):
     """1 - soft Dice of the batch's object pixels, plus binary cross-entropy, the mean over all pixels of the batch.
 
-    Pixels to be ignored count in neither. Without an object in the batch the Dice term is 0.
+    The batch is that of all ranks. Pixels to be ignored count in neither. Without an object the Dice term is 0.
 
     Args:
         dice: weight of the Dice term, in [0, 1]; the cross-entropy has the rest.
@@ -41,18 +62,14 @@ class DiceBCE(nn.Module):
 
     def __init__(self, dice: float = 0.5):
         super().__init__()
-        import segmentation_models_pytorch as smp  # half of the time of an import of all losses
-
         self.share = number("dice_bce", "dice", dice, 0, 1)
-        self.dice = smp.losses.DiceLoss("binary", from_logits=True, smooth=1.0, ignore_index=IGNORE)
-        self.bce = smp.losses.SoftBCEWithLogitsLoss(ignore_index=IGNORE, reduction="none")
 
     def forward(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: logits (B, 1, H, W), mask (B, H, W)."""
         logits, target = logits.float(), binary_target(logits, mask)
-        # its own mean would divide by the ignored pixels too
-        bce = self.bce(logits, target).sum() / (target != IGNORE).sum().clamp(min=1)
-        dice = self.dice(logits, target)
+        bce = global_mean(cross_entropy(logits, target), target != IGNORE)
+        score, there = soft_dice(logits, target)
+        dice = (1 - score) * there
         return self.share * dice + (1 - self.share) * bce, {"dice": dice.detach(), "bce": bce.detach()}
 
 
@@ -61,6 +78,7 @@ class FocalLogDice(nn.Module):
     """10 · focal loss (γ = 2) - log(soft Dice), what MGCA trains its U-Net with.
 
     The focal loss is the mean over all pixels of the batch; Dice is of the batch's object pixels, 0 where it has none.
+    The batch is that of all ranks.
 
     Args:
         focal: weight of the focal term.
@@ -71,18 +89,14 @@ class FocalLogDice(nn.Module):
 
     def __init__(self, focal: float = 10.0, gamma: float = 2.0):
         super().__init__()
-        import segmentation_models_pytorch as smp
-
         self.weight = number("focal_logdice", "focal", focal, 0)
-        self.focal = smp.losses.FocalLoss(
-            "binary", gamma=number("focal_logdice", "gamma", gamma, 0), ignore_index=IGNORE
-        )
-        self.dice = smp.losses.DiceLoss("binary", log_loss=True, from_logits=True, smooth=1.0, ignore_index=IGNORE)
+        self.gamma = number("focal_logdice", "gamma", gamma, 0)
 
     def forward(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: logits (B, 1, H, W), mask (B, H, W)."""
         logits, target = logits.float(), binary_target(logits, mask)
-        # the mean over no pixel would be NaN
-        focal = self.focal(logits, target) if (target != IGNORE).any() else logits.sum() * 0
-        dice = self.dice(logits, target)
+        each = cross_entropy(logits, target)
+        focal = global_mean((1 - (-each).exp()) ** self.gamma * each, target != IGNORE)
+        score, there = soft_dice(logits, target)
+        dice = -score.log() * there
         return self.weight * focal + dice, {"focal": focal.detach(), "logdice": dice.detach()}

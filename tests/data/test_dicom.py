@@ -135,6 +135,7 @@ def test_a_file_without_an_ending_is_known_by_its_first_bytes(tmp_path):
         ({"NumberOfFrames": 9}, "9 frames"),
         ({"SamplesPerPixel": 7}, "7 samples"),
         ({"BitsAllocated": 13}, "cannot be decoded"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "palette colours"),
     ],
 )
 def test_absurd_headers_are_bad_images(tmp_path, tags, why):

@@ -53,7 +53,7 @@ def read_dicom(path: Path) -> np.ndarray:
         (H, W) uint8.
 
     Raises:
-        BadImage: missing, not DICOM, no pixels, several frames, absurd sizes, pixels that cannot be decoded.
+        BadImage: missing, not DICOM, no pixels, several frames, absurd sizes, a palette, pixels that cannot be decoded.
     """
     from pydicom.pixels import apply_modality_lut
 
@@ -95,6 +95,8 @@ def _read(path: Path, pixels: bool) -> Dataset:
         raise BadImage("not a DICOM image" if path.stat().st_size else "empty file")
     if min(size) < 1 or frames != 1 or samples not in (1, 3):
         raise BadImage(f"DICOM of {size[0]}×{size[1]}, {frames} frames, {samples} samples a pixel; one film is read")
+    if str(data.get("PhotometricInterpretation", "")).upper() == "PALETTE COLOR":
+        raise BadImage("DICOM of palette colours, whose numbers are no grays; save it as grays")
     if size[0] * size[1] > MAX_PIXELS:
         raise BadImage(f"more than {MAX_PIXELS} pixels")
     return data

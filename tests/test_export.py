@@ -15,6 +15,7 @@ from sista_pl.cli import main
 from sista_pl.embed import open_joint
 from sista_pl.errors import SistaError
 from sista_pl.models import IMAGE_ENCODERS
+from sista_pl.models.image import Renormalise
 from sista_pl.pretrain import PretrainTask
 from sista_pl.weights import encoder_spec, load_weights
 
@@ -192,6 +193,11 @@ def test_a_tower_of_hugging_face(tmp_path):
     encoder = IMAGE_ENCODERS.build(encoder_spec(out), image_size=32).eval()
     load_weights(encoder, out, minimum=1.0)
     assert close(encoder(films()).pooled, joint.image_encoder(films()).pooled)
+    with pytest.raises(SistaError, match=r"it holds vit; --model\.image_encoder null builds it"):
+        load_weights(IMAGE_ENCODERS.build("resnet10t", image_size=32), out)
+    encoder.renormalise = Renormalise(3, 0.4)
+    with pytest.raises(SistaError, match=r"the image encoder has \[0\.4, 0\.4, 0\.4\]"):
+        load_weights(encoder, out)
     with pytest.raises(SistaError, match="is not timm's; use --to hf"):
         module.export(ckpt, "timm", tmp_path / "timm")
 

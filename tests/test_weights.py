@@ -165,6 +165,34 @@ def test_a_checkpoint_of_sista_and_its_exported_folder(tmp_path):
     assert stated == {"input_size": [1, 64, 64], "mean": [MEAN], "std": [STD]}
 
 
+@pytest.mark.parametrize(
+    ("trained", "named", "differs"),
+    [
+        ({"in_chans": 3, "mean": [0.48, 0.46, 0.41], "std": 0.27}, {}, True),
+        ({"in_chans": 3, "mean": [0.48, 0.46, 0.41]}, {"mean": [0.48, 0.46, 0.41]}, True),  # one channel has their mean
+        ({"mean": 0.4}, {"in_chans": 3, "mean": [0.4, 0.4, 0.4]}, False),
+        ({"in_chans": 3}, {}, False),
+        ({}, {"std": 0.3}, True),
+    ],
+)
+def test_the_normalisation_of_the_training_is_not_dropped(tmp_path, trained, named, differs):
+    """An encoder that is named in the configuration has the configuration's: the same weights, other features."""
+    source = build(**trained)
+    state = {f"image_encoder.{name}": value for name, value in source.state_dict().items()}
+    hyper = {"image_encoder": {"name": "resnet18", **trained}, "image_size": 64}
+    torch.save({"state_dict": state, "hyper_parameters": hyper}, tmp_path / "best.ckpt")
+    for weights in (tmp_path / "best.ckpt", export_timm(source, tmp_path / "encoder", 64)):
+        encoder, image = build(**named).eval(), torch.randn(1, 1, 64, 64)
+        before = encoder.model.layer1[0].conv1.weight.clone()
+        if differs:
+            with pytest.raises(SistaError, match=r"trained on images of mean .*; --model\.image_encoder null builds"):
+                load_weights(encoder, weights)
+            assert torch.equal(encoder.model.layer1[0].conv1.weight, before)
+        else:
+            load_weights(encoder, weights)
+            assert torch.allclose(encoder(image).pooled, source.eval()(image).pooled, atol=1e-5)
+
+
 def test_three_channels_become_one_and_one_three(tmp_path):
     three, one = build(in_chans=3), build()
     save_file(contiguous(three), tmp_path / "three.safetensors")

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sista_pl.checkpoint import image_spec, read_checkpoint
+from sista_pl.data.transforms import MEAN, STD
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.exported import checked, exported_spec
 from sista_pl.models import IMAGE_ENCODERS, ImageEncoder
-from sista_pl.models.image import PREFIX
+from sista_pl.models.image import PREFIX, Renormalise
 from sista_pl.models.tensors import Coverage, cover, read_tensors
 
 # Where other projects keep the image encoder, as their key names say; tried on made-up keys only, no such file was at
@@ -20,6 +23,7 @@ PRESETS = {
     "gloria": ("gloria.img_encoder.model.", "img_encoder.model."),
 }
 _KEYS = ("path", "prefix", "preset", "minimum")
+_BUILD_IT = "--model.image_encoder null builds it as it was trained"
 _PREFIXES = ("image_encoder.model.", "image_encoder.", "backbone.", "visual.trunk.", "encoder.", "model.", "")
 
 
@@ -35,7 +39,8 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
         minimum: share of the encoder that must be found.
 
     Raises:
-        SistaError: no such file, one that can't be read, or less than `minimum` of the encoder in it.
+        SistaError: no such file, one that can't be read, less than `minimum` of the encoder in it, or weights that
+            were trained with another normalisation of images.
     """
     spec: dict[str, Any] = dict(weights) if isinstance(weights, Mapping) else {"path": weights}
     for key in spec:
@@ -53,9 +58,15 @@ def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any],
     coverage = cover(encoder, read_tensors(file), _prefixes(spec), str(path))
     if coverage.share < minimum:
         holds = _architecture(path)
-        told = f"it holds {holds}; --model.image_encoder {holds}" if holds else "is it of this model? see `prefix`"
+        told = f"it holds {holds}; {_BUILD_IT}" if holds else "is it of this model? see `prefix`"
         first = ", ".join((coverage.mismatched + coverage.missing)[:3])
         raise SistaError(f"{coverage}: less than {minimum:.0%} is covered (first: {first}); {told}")
+    trained, own = _normalisation(encoder_spec(spec)), getattr(encoder, "renormalise", None)
+    if trained is not None and isinstance(own, Renormalise) and not _alike(trained, own):
+        raise SistaError(
+            f"weights: {path} was trained on images of mean {trained.mean} and std {trained.std}, the image encoder "
+            f"has {own.mean} and {own.std}; {_BUILD_IT}"
+        )
     coverage.load(encoder)
     return coverage
 
@@ -85,9 +96,30 @@ def _prefixes(spec: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _architecture(path: Path) -> str | None:
-    """Return what a checkpoint or an exported folder says that it holds, as the configuration would have it."""
+    """Return what a checkpoint or an exported folder says that it holds."""
     spec = encoder_spec(path)
     if spec is None:
         return None
     name, arguments = IMAGE_ENCODERS.split(spec)
-    return f"{PREFIX}{arguments.get('path', '')}" if name == "hf" else name
+    if name != "hf":
+        return name
+    model = arguments.get("config", {}).get("model", {})
+    return f"{PREFIX}{arguments['path']}" if arguments.get("path") else model.get("model_type", "a tower of open_clip")
+
+
+def _normalisation(spec: Any) -> Renormalise | None:
+    """Return the normalisation that a spec states or means, or None where there is no spec, or a folder has it."""
+    if spec is None:
+        return None
+    name, arguments = IMAGE_ENCODERS.split(spec)
+    if name == "hf" and "config" not in arguments:
+        return None
+    stated = arguments.get("config", arguments)
+    return Renormalise(3 if name == "hf" else arguments.get("in_chans", 1), stated.get("mean", MEAN),
+                       stated.get("std", STD))  # fmt: skip
+
+
+def _alike(one: Renormalise, other: Renormalise) -> bool:
+    """Whether a grey image comes out alike, once repeated in three channels and once in one."""
+    pairs = ((one.mean, other.mean), (one.std, other.std))
+    return all(np.allclose(np.broadcast_to(a, 3), np.broadcast_to(b, 3), rtol=1e-5) for a, b in pairs)

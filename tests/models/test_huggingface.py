@@ -242,7 +242,7 @@ def test_a_checkpoint_needs_no_folder(tmp_path):
     other = IMAGE_ENCODERS.build(encoder_spec(best), image_size=64)
     assert "(100.0% of it), missing 0, unexpected 0" in str(load_weights(other, best))
     assert torch.equal(other.eval()(image).pooled, trained(image).pooled)
-    with pytest.raises(SistaError, match=f"it holds hf:{folder}; --model.image_encoder hf:"):
+    with pytest.raises(SistaError, match=f"it holds hf:{folder}; --model.image_encoder null"):
         load_weights(IMAGE_ENCODERS.build("resnet10t", image_size=64), best)
 
 

@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(cls, workdir, capsys, more, line):
 def test_weights_of_another_architecture_name_the_flag(cls, workdir, capsys):
     assert main(["fit", *cls, "--model.image_encoder", "resnet18"]) == 0
     assert main(["fit", *cls, "--model.weights", str(best(workdir))]) == 2
-    assert "it holds resnet18; --model.image_encoder resnet18" in capsys.readouterr().err
+    assert "it holds resnet18; --model.image_encoder null builds it" in capsys.readouterr().err
 
 
 def test_weights_say_which_encoder_they_are_and_are_loaded(cls, workdir, caplog):

@@ -23,10 +23,10 @@ class BadImage(Exception):
     """An image or mask file that cannot be used; the message is the reason."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean X?` for the nearest known name, else the list of known names."""
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return `did you mean X?` for the nearest known name, else the list of known names; YAML may give 5 as a name."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
 
 

@@ -1,6 +1,8 @@
 """Every reader on damaged releases: one clear line, or a counted skip; never a traceback, never a file elsewhere."""
 
+import contextlib
 import gzip
+import inspect
 import os
 import random
 import shutil
@@ -139,6 +141,26 @@ def fuzz(releases, base: Path, cases: int) -> dict[str, int]:
 
 def test_damaged_releases_are_refused_in_one_line_or_their_faults_counted(releases, tmp_path):
     assert sum(fuzz(releases, tmp_path, 60).values()) >= 60
+
+
+@pytest.mark.parametrize("value", [5, None, True, [5], {"a": 1}, "x"], ids=str)
+def test_an_option_of_any_kind_is_taken_or_refused(releases, value):
+    for name, root in releases.items():
+        for option in list(inspect.signature(READERS[name]).parameters)[1:]:
+            with contextlib.suppress(SistaError):
+                READERS.build({"name": name, "root": root, option: value})
+
+
+def test_what_an_option_is_and_should_be(tmp_path):
+    for spec, line in (
+        ({"name": "mimic_cxr", "labels": None}, "mimic_cxr: labels is null; give a text"),
+        ({"name": "mimic_cxr", "views": [5]}, r"mimic_cxr: views is \[5\]; give a list of texts or null"),
+        ({"name": "table", "columns": "image"}, "table: columns is 'image'; give a mapping, {key: value} or null"),
+        ({"name": "table", "seed": True}, "table: seed is True; give a whole number"),
+        ({"name": "table", "require_report": 1}, "table: require_report is 1; give true or false"),
+    ):
+        with pytest.raises(SistaError, match=line):
+            READERS.build(spec, root=tmp_path)
 
 
 @pytest.mark.slow

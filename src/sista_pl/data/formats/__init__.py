@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,9 +16,41 @@ import pandas as pd
 
 from sista_pl.data.masks import Rle
 from sista_pl.errors import SistaError, did_you_mean
-from sista_pl.registry import Registry
+from sista_pl.registry import Registry, Spec
 
-READERS = Registry("data format")
+# What an annotation asks of a value that YAML has read.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "None": ("null", lambda value: value is None),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "Path": ("a path", lambda value: isinstance(value, str | Path)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "float": ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    "Sequence[str]": (
+        "a list of texts",
+        lambda value: isinstance(value, str | list | tuple) and all(isinstance(each, str) for each in value),
+    ),
+    "Mapping[str, Any]": ("a mapping, {key: value}", lambda value: isinstance(value, Mapping)),
+}
+
+
+class _Readers(Registry):
+    """Readers by name; what YAML made of an option is checked where its annotation is one of `_KINDS`."""
+
+    def build(self, spec: Spec, **context: Any) -> Any:
+        name, options = self.split(spec)
+        parameters = inspect.signature(self[name]).parameters
+        for option in options.keys() & parameters.keys():
+            value, asked = options[option], parameters[option].annotation
+            asked = asked if isinstance(asked, str) else inspect.formatannotation(asked)
+            kinds = [_KINDS.get(re.sub(r"[\w.]+\.", "", kind)) for kind in asked.split(" | ")]
+            if not any(kind is None or kind[1](value) for kind in kinds):
+                wanted = " or ".join(kind[0] for kind in kinds if kind)
+                raise SistaError(f"{name}: {option} is {'null' if value is None else repr(value)}; give {wanted}")
+        return super().build(spec, **context)
+
+
+READERS = _Readers("data format")
 SPLITS = ("train", "val", "test")
 
 

@@ -14,7 +14,7 @@ from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.exported import checked, exported_spec
 from sista_pl.models import IMAGE_ENCODERS, ImageEncoder
 from sista_pl.models.image import PREFIX, Renormalise
-from sista_pl.models.tensors import Coverage, cover, read_tensors
+from sista_pl.models.tensors import MINIMUM, Coverage, cover, read_tensors
 
 # Where other projects keep the image encoder, as their key names say; tried on made-up keys only, no such file was at
 # hand. Prefixes in the order in which they are looked for. MRM's file needs none: timm's names under `model`.
@@ -27,7 +27,7 @@ _BUILD_IT = "--model.image_encoder null builds it as it was trained"
 _PREFIXES = ("image_encoder.model.", "image_encoder.", "backbone.", "visual.trunk.", "encoder.", "model.", "")
 
 
-def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any], minimum: float = 0.95) -> Coverage:
+def load_weights(encoder: ImageEncoder, weights: str | Path | Mapping[str, Any], minimum: float = MINIMUM) -> Coverage:
     """Load pre-trained weights into an image encoder; nothing is loaded where they cover too little of it.
 
     Args:

@@ -18,6 +18,7 @@ from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.models.attention import run_once, watching
 from sista_pl.models.hub import offline_where_unreachable
 from sista_pl.models.pyramid import stride_of
+from sista_pl.models.tensors import MINIMUM, cover, read_tensors
 from sista_pl.pair import Features
 from sista_pl.registry import Registry, Spec
 
@@ -210,14 +211,20 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
                 f"image encoder {name!r}: its weights can't be loaded from the hub ({type(why).__name__}); give a "
                 "local file as `weights: path/to/model.safetensors`, or `weights: none`"
             ) from why
+    from pytorch_lightning.utilities import rank_zero_info  # seconds, which nothing else here needs
+
     path = Path(weights)
     if not path.is_file():
         raise SistaError(f"image encoder {name!r}: weights {weights!r} is no file; write none, imagenet, or a path")
-    try:
-        return timm.create_model(name, pretrained=False, checkpoint_path=str(path), **arguments)
-    except Exception as why:
-        reason = str(why).splitlines()[0][:160] if str(why) else type(why).__name__
-        raise SistaError(f"image encoder {name!r}: {path} does not fit ({reason}); is it of this model?") from why
+    model = timm.create_model(name, pretrained=False, **arguments)
+    coverage = cover(model, read_tensors(path), [""], str(path))
+    if coverage.share < MINIMUM:
+        raise SistaError(
+            f"image encoder {name!r}: {coverage}: less than {MINIMUM:.0%} is covered; is it of this model?"
+        )
+    coverage.load(model)
+    rank_zero_info(str(coverage))
+    return model
 
 
 def freeze_unreached(encoder: ImageEncoder, image_size: int) -> None:

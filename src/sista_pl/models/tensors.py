@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from sista_pl.errors import SistaError
-from sista_pl.models.image import ImageEncoder
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -79,7 +78,7 @@ class Coverage:
             f"missing {len(self.missing)}, unexpected {len(self.unexpected)}, mismatched {len(self.mismatched)}"
         )
 
-    def load(self, encoder: ImageEncoder) -> None:
+    def load(self, encoder: nn.Module) -> None:
         """Load what was found; the encoder's other tensors stay.
 
         Raises:
@@ -93,7 +92,10 @@ class Coverage:
         encoder.load_state_dict(encoder.state_dict() | self.found)
 
 
-def cover(encoder: ImageEncoder, state: Mapping[str, Tensor], prefixes: Sequence[str], source: str) -> Coverage:
+MINIMUM = 0.95  # share of an encoder that weights have to cover, where nothing else is asked for
+
+
+def cover(encoder: nn.Module, state: Mapping[str, Tensor], prefixes: Sequence[str], source: str) -> Coverage:
     """Return how tensors fit an encoder, under that of the prefixes which fits best; nothing is loaded."""
     own = encoder.state_dict()
     wanted = {k: v for k, v in own.items() if isinstance(v, Tensor) and not k.endswith("_extra_state")}
@@ -131,7 +133,7 @@ def _inner(wanted: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: name for name in wanted}
 
 
-def _fitted(name: str, value: Tensor, target: Tensor, encoder: ImageEncoder) -> Tensor | None:
+def _fitted(name: str, value: Tensor, target: Tensor, encoder: nn.Module) -> Tensor | None:
     """Return a tensor in the shape of the encoder's, or None where it is of another model."""
     if value.shape == target.shape:
         return value.to(target.dtype)

@@ -1,6 +1,7 @@
 """`sista embed`: rows against the plain pass of the checkpoint's task, one film at a time."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -65,6 +66,25 @@ def test_a_store_with_its_reports(task, ckpt, phantom_store, tmp_path):
         text = f"{rows['impression'][row]} {rows['findings'][row]}".strip()
         words = task.encode_text(task.text_encoder.tokenize([text]).batch([0]))
         assert np.allclose(frame["text_embedding"][row], unit(words.pooled[0]), atol=1e-5)
+
+
+def test_a_store_of_another_size_than_the_runs_is_refused(ckpt, phantom_store, tmp_path, capsys):
+    """Of its films the encoder would see another part."""
+    run = tmp_path / "runs" / "a" / "0001"
+    (run / "checkpoints").mkdir(parents=True)
+    own = shutil.copy(ckpt, run / "checkpoints" / "best.ckpt")
+    (run / "config.yaml").write_text("data: {init_args: {size: 56}}")
+    assert embed(own, phantom_store, tmp_path / "a.parquet") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert (
+        "holds films of 64 px, the run's had 56, of which the encoder saw the middle 48; prepare a store with" in told
+    )
+    (run / "config.yaml").write_text("data: {init_args: {size: 64}}")
+    assert embed(own, phantom_store, tmp_path / "a.parquet") == 0
+    (run / "config.yaml").write_text("data: {init_args: {size: 56}}")
+    assert embed(own, phantom_store, tmp_path / "asked.parquet", "--size", "64") == 0
+    assert pd.read_parquet(tmp_path / "asked.parquet").equals(pd.read_parquet(tmp_path / "a.parquet"))
 
 
 def test_a_film_without_a_report_has_nan(ckpt, phantom_store, tmp_path, monkeypatch):

@@ -84,12 +84,14 @@ class Preparation:
         crop: side of the centre crop of it that the encoder sees.
         normalize: of the reports' text.
         told: where `size` is from.
+        of_run: whether it is the run's own.
     """
 
     size: int
     crop: int
     normalize: str
     told: str
+    of_run: bool = False
 
     def text(self, report: str) -> str:
         """Return a text as the training had its reports."""
@@ -119,13 +121,14 @@ def preparation(path: str | Path, crop: int, size: int | None = None) -> Prepara
     if normalize not in NORMALISE:
         normalize = "unicode"
     told = "as asked"
-    if size is None and isinstance(own, int) and own >= crop:
+    of_run = size is None and isinstance(own, int) and own >= crop
+    if of_run:
         size, told = own, "as its run has it"
     elif size is None:
         size, told = crop, "the whole film, since no config.yaml of its run is beside it; --size sets the store's"
     if size < crop:
         raise SistaError(f"--size {size}: the encoder sees {crop} px of it; give {crop} or more")
-    return Preparation(size, crop, normalize, told)
+    return Preparation(size, crop, normalize, told, of_run)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sista_pl.embed import preparation
 from sista_pl.errors import SistaError
 from sista_pl.joint import load_joint
 from sista_pl.measured import MeasuredTask
@@ -44,6 +45,7 @@ class EvaluationTask(MeasuredTask):
                 "pre-training, checkpoints/best.ckpt"
             )
         self.joint = load_joint(weights)
+        self.how = preparation(weights, self.joint.image_size)
 
     def configure_models(self) -> None:
         self.configure_texts()
@@ -72,6 +74,11 @@ class EvaluationTask(MeasuredTask):
             raise SistaError(
                 f"data: crop is {data.crop}, but the encoder was pre-trained on images of {self.joint.image_size} px; "
                 f"set data.crop: {self.joint.image_size}, and data.size and data.store to what it was trained with"
+            )
+        if self.how.of_run and data.size != self.how.size:
+            raise SistaError(
+                f"data: size is {data.size}, but the films of the pre-training had {self.how.size} px, of which the "
+                f"encoder saw the middle {self.how.crop}; set data.size: {self.how.size}, and data.store to such a one"
             )
 
     def _run(self, stage: str, batch: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -179,6 +180,19 @@ def test_mistakes_are_one_line(verb, more, line, evaluation, pretrained, phantom
     told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sista: ")]
     assert len(told) == 1
     assert line in told[0]
+
+
+def test_films_of_another_size_than_the_pre_trainings_are_one_line(
+    evaluation, pretrained, phantom_store, workdir, capsys
+):
+    (workdir / "runs/a/0001/checkpoints").mkdir(parents=True)
+    own = shutil.copy(pretrained, workdir / "runs/a/0001/checkpoints/best.ckpt")
+    (workdir / "runs/a/0001/config.yaml").write_text("data: {init_args: {size: 56}}")
+    assert main(["test", *evaluation("zeroshot_chexpert", phantom_store, own)]) == 2
+    told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sista: ")]
+    assert len(told) == 1
+    assert "size is 64, but the films of the pre-training had 56 px" in told[0]
+    assert "set data.size: 56" in told[0]
 
 
 def test_weights_that_are_no_pre_training(pretrained, tmp_path):

@@ -61,6 +61,12 @@ def main(argv: list[str]) -> int:
         store = Store.open(options.inputs)
         if options.size not in (None, store.size):
             raise SistaError(f"embed: --size {options.size}: {options.inputs} holds {store.size} px; leave --size out")
+        how = preparation(options.ckpt_path, joint.image_size, options.size)
+        if how.of_run and how.size != store.size:
+            raise SistaError(
+                f"embed: {options.inputs} holds films of {store.size} px, the run's had {how.size}, of which the "
+                f"encoder saw the middle {how.crop}; prepare a store with --size {how.size}, or add --size {store.size}"
+            )
         how = preparation(options.ckpt_path, joint.image_size, max(store.size, joint.image_size))
         films, phantom = StoreFilms(store, how), store.phantom
         if phantom:

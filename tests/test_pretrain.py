@@ -1,6 +1,8 @@
 """Pre-training through the real command on a tiny phantom."""
 
 import json
+import math
+import re
 import shutil
 
 import mlflow
@@ -179,6 +181,30 @@ def test_mistakes_of_the_data_group_are_one_line(capsys, workdir, tiny, change, 
     message = [row for row in capsys.readouterr().err.splitlines() if row.startswith("sista:")]
     assert len(message) == 1
     assert line in message[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"losses": {"instance": None}}, "loss 'instance': it is None; write `{name: clip}`"),
+        ({"losses": {"i": ["clip"]}}, "loss 'i': it is ['clip']; write"),
+        ({"losses": {"my.loss": {"name": "clip"}}}, "no component can be called 'my.loss'; choose another"),
+        ({"losses": {"keys": {"name": "clip"}}}, "no component can be called 'keys'"),
+        ({"losses": {1: "clip"}}, "no component can be called 1"),
+        ({"losses": {"i": {"name": "clip", "weight": math.nan}}}, "loss 'i': weight is nan; give a number >= 0"),
+        ({"temperature": math.inf}, "temperature is inf; give a number of at least 0.01"),
+        ({"temperature": 0.009}, "temperature is 0.009; give"),
+        ({"embed_dim": 0}, "embed_dim is 0; give at least 1"),
+        ({"head_hidden": -1}, "head_hidden is -1; give at least 1"),
+        ({"pool": 1}, "pool is 1; give at least 2"),
+    ],
+)
+def test_mistakes_of_the_model_group_are_one_line(change, line):
+    from sista_pl.pretrain import PretrainTask
+
+    with pytest.raises(SistaError, match=re.escape(line)) as error:
+        PretrainTask(**{"losses": {"instance": "clip"}, "image_encoder": "resnet10t", "image_size": 32, **change})
+    assert "\n" not in str(error.value)
 
 
 def test_a_phantom_and_a_real_root_never_mix(capsys, workdir, tiny, phantom_root):

@@ -70,8 +70,11 @@ class PretrainTask(BaseTask):
     ):
         super().__init__(losses, lr, weight_decay, warmup)
         self.save_hyperparameters()
-        if not temperature >= 1 / MAX_SCALE:
-            raise SistaError(f"model: temperature is {temperature}; give at least {1 / MAX_SCALE}")
+        if not 1 / MAX_SCALE <= temperature < math.inf:
+            raise SistaError(f"model: temperature is {temperature}; give a number of at least {1 / MAX_SCALE}")
+        for name, value, least in (("embed_dim", embed_dim, 1), ("head_hidden", head_hidden, 1), ("pool", pool, 2)):
+            if value < least:
+                raise SistaError(f"model: {name} is {value}; give at least {least}")
         if grad_cache is not None and (isinstance(grad_cache, bool) or grad_cache < 1):
             raise SistaError(f"model: grad_cache is {grad_cache!r}; give a whole number of pairs of at least 1")
         self.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from sista_pl import optim
 from sista_pl.distributed import make_shardable
 from sista_pl.errors import SistaError
 from sista_pl.losses import LOSSES
-from sista_pl.registry import Spec
 
 
 @dataclass
@@ -65,10 +65,10 @@ class BaseTask(LightningModule):
         super().__init__()
         if not losses and self.trains:
             raise SistaError("model: no losses; give at least one, as in `losses: {instance: {name: clip}}`")
-        self.loss_specs = {name: _plain(spec) for name, spec in losses.items()}
+        self.loss_specs = {name: _plain(name, spec) for name, spec in losses.items()}
         self.weights = {name: spec.pop("weight", 1.0) for name, spec in self.loss_specs.items()}
         for name, weight in self.weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise SistaError(f"loss {name!r}: weight is {weight!r}; give a number >= 0")
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.losses = nn.ModuleDict()
@@ -198,5 +198,10 @@ class BaseTask(LightningModule):
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
 
-def _plain(spec: Spec) -> dict[str, Any]:
+def _plain(name: Any, spec: Any) -> dict[str, Any]:
+    """Return a component's specification as a mapping of its own, once name and specification can be one's."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise SistaError(f"model: losses: no component can be called {name!r}; choose another name, as `instance`")
+    if not isinstance(spec, str | Mapping):
+        raise SistaError(f"loss {name!r}: it is {spec!r}; write `{{name: clip}}`, or leave the component out")
     return {"name": spec} if isinstance(spec, str) else dict(spec)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sista_pl.data.formats import READERS
+from sista_pl.data.formats.mimic_cxr import _read_reports
 from sista_pl.data.prepare import prepare
 from sista_pl.errors import SistaError
 
@@ -288,6 +289,29 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
         read(root, labels="chexprt")
     with pytest.raises(SistaError, match="no argument 'view'; did you mean views"):
         read(root, view="PA")
+
+
+def test_a_zip_of_reports_with_a_bit_turned(tmp_path):
+    """In each byte of a member's headers and data, one at a time: the text that was written, or one line."""
+    file = tmp_path / "reports.zip"
+    write_zip(file)
+    whole, (study, *_) = file.read_bytes(), STUDIES
+    expected = dict(_read_reports(file, {study: STUDIES[study]}))
+    name = text_file(study).encode()
+    first, last = whole.index(name), whole.rindex(name)
+    places = [*range(first - 30, first), *range(first + len(name), first + len(name) + 60), *range(last - 46, last)]
+    refused = 0
+    for place in places:
+        for bit in (0, 3):
+            raw = bytearray(whole)
+            raw[place] ^= 1 << bit
+            file.write_bytes(raw)
+            try:
+                found = dict(_read_reports(file, {study: STUDIES[study]}))
+                assert found in (expected, {study: "not found"}) or "bytes, more than" in found[study]
+            except SistaError:
+                refused += 1
+    assert refused > 100
 
 
 def test_mistakes_in_a_table_name_file_and_row(tmp_path):

@@ -109,6 +109,15 @@ def test_a_task_gives_its_losses_the_labels_of_the_batch(phantom_store):
         task.step(batch)
 
 
+@pytest.mark.parametrize("raw", [b"", "report\nµ\n".encode("cp1252"), b"report\na,b\n", b"report\na\nb,c,d\n"])
+def test_a_corpus_that_is_no_table_is_one_line(phantom_store, tmp_path, raw):
+    (tmp_path / "more.csv").write_bytes(raw)
+    data = module(phantom_store, tokenizer_corpus=tmp_path / "more.csv")
+    data.setup("fit")
+    with pytest.raises(SistaError, match=r"more\.csv: (not a readable CSV|row 2 has more values)"):
+        data.corpus()
+
+
 def test_a_place_in_other_data_is_refused(phantom_store):
     data = module(phantom_store)
     data.setup("fit")

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sista_pl.data.formats import read_csv
 from sista_pl.data.labels import read_labels
 from sista_pl.data.module import BaseDataModule, StoreDataset
 from sista_pl.data.reports import NORMALISE
@@ -125,7 +126,7 @@ class PairDataModule(BaseDataModule):
 def _read_corpus(path: Path) -> list[str]:
     if not path.is_file():
         raise SistaError(f"data: tokenizer_corpus {path} does not exist; give a CSV of reports, or leave it out")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = read_csv(path)
     columns = [c for c in ("report", "impression", "findings") if c in table]
     if not columns:
         raise SistaError(f"data: {path} has no column of reports; {did_you_mean('findings', table.columns)}")

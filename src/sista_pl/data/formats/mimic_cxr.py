@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _NUMBER = r"[0-9]{1,12}"
 _LABELS = ("chexpert", "negbio", "none")
 _RADIOLOGIST = "mimic-cxr-2.1.0-test-set-labeled.csv"
 _TEST_LABELS = ("same", "radiologist")
+# What zipfile raises of a damaged file: one bit asks for a password (RuntimeError), for an unknown method (the same), …
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError, UnicodeDecodeError)
 
 
 @READERS.register("mimic_cxr")
@@ -230,8 +233,8 @@ def _read_reports(source: Path, studies: dict[str, str]) -> Iterable[tuple[str, 
 def _read_zip(source: Path, studies: dict[str, str]) -> Iterator[tuple[str, tuple[str, str] | str]]:
     try:
         archive = zipfile.ZipFile(source)
-    except zipfile.BadZipFile:
-        raise SistaError(f"{source}: not a whole zip file; download it again") from None
+    except _BROKEN_ZIP as why:
+        raise SistaError(f"{source}: not a whole zip file ({why}); download it again") from None
     with archive:
         members = {info.filename.rsplit("/", 1)[-1]: info for info in archive.infolist()}
         for study in studies:
@@ -243,7 +246,7 @@ def _read_zip(source: Path, studies: dict[str, str]) -> Iterator[tuple[str, tupl
             else:
                 try:
                     raw = archive.read(info)
-                except (zipfile.BadZipFile, EOFError) as why:
+                except _BROKEN_ZIP as why:
                     raise SistaError(f"{source}: {info.filename} is broken ({why}); download it again") from None
                 yield study, _sections(raw)
 

@@ -1,7 +1,11 @@
 """Text encoders: words out of sub-words, a tokenizer inside the checkpoint, Hugging Face folders."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sista_pl.errors import SistaError
 from sista_pl.models import TEXT_ENCODERS
@@ -100,6 +104,33 @@ def test_hugging_face_folder_with_layer_cut(folder):
     features = encoder(encoder.tokenize(CORPUS[:2]).batch([0, 1]))
     (features.pooled.square().sum() + features.local.square().sum()).backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+
+
+def test_half_precision_weights_are_trained_in_full(folder, tmp_path):
+    from transformers import AutoModel
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    AutoModel.from_pretrained(folder).half().save_pretrained(tmp_path)
+    encoder = TEXT_ENCODERS.build(str(tmp_path))
+    state = encoder.state_dict()
+    stored = json.loads(bytes(state["_extra_state"].numpy().tobytes()))
+    stored["config"]["dtype"] = "float16"  # as a checkpoint of before has it
+    again = from_state(torch.frombuffer(bytearray(json.dumps(stored).encode()), dtype=torch.uint8), pooling="cls")
+    again.load_state_dict(state)
+    for each in (encoder, again):
+        assert {p.dtype for p in each.parameters()} == {torch.float32}
+    table = encoder.eval().tokenize(CORPUS[:2]).batch([0, 1])
+    assert torch.equal(encoder(table).pooled, again.eval()(table).pooled)
+
+
+def test_weights_of_other_names_are_refused(folder, tmp_path):
+    """They would leave each tensor as it was drawn."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = load_file(folder / "model.safetensors")
+    save_file({f"text.tower.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(SistaError, match=r"its weights lack \d+ tensors \(first: embeddings\..*is it of this model"):
+        TEXT_ENCODERS.build(str(tmp_path))
 
 
 def test_word_order_matters(folder):

@@ -192,7 +192,8 @@ def hugging_face(
         frozen: no gradient, eval mode.
 
     Raises:
-        SistaError: no such folder or hub not reached, no fast tokenizer, too many layers wanted.
+        SistaError: no such folder or hub not reached, weights that don't cover the model, no fast tokenizer, too many
+            layers wanted.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -204,7 +205,7 @@ def hugging_face(
                 if not 1 <= layers <= config.num_hidden_layers:
                     raise SistaError(f"text encoder {name!r}: layers is {layers}; it has {config.num_hidden_layers}")
                 config.num_hidden_layers = layers
-            model = AutoModel.from_pretrained(name, config=config)
+            model, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
     except (OSError, ValueError, AttributeError, KeyError) as why:
         near = difflib.get_close_matches(name, list(TEXT_ENCODERS), n=1, cutoff=0.6)
@@ -213,6 +214,10 @@ def hugging_face(
         where = "that folder can't be loaded" if Path(name).is_dir() else "it is no folder here, and the hub is no help"
         reason = (str(why).strip().splitlines() or [type(why).__name__])[0][:160]
         raise SistaError(f"text encoder {name!r}: {where} ({reason}); {step}") from why
+    if lost := sorted(key for key in info["missing_keys"] if "pooler." not in key):
+        raise SistaError(
+            f"text encoder {name!r}: its weights lack {len(lost)} tensors (first: {lost[0]}); is it of this model?"
+        )
     return TextEncoder(without_pooler(model), tokenizer, max_tokens, pooling, frozen)
 
 
@@ -228,7 +233,8 @@ def from_state(state: Tensor, **options: Any) -> TextEncoder:
     from transformers import AutoConfig, AutoModel
 
     stored = json.loads(bytes(state.cpu().numpy().tobytes()))
-    config = AutoConfig.for_model(**stored["config"])
+    # of half precision would be built what is trained in full
+    config = AutoConfig.for_model(**{k: v for k, v in stored["config"].items() if k not in ("dtype", "torch_dtype")})
     model = without_pooler(AutoModel.from_config(config))
     tokenizer = None if stored["tokenizer"] is None else Tokenizer.from_str(stored["tokenizer"])
     return TextEncoder(model, tokenizer, **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sista_pl.data.doctor import Subject
 from sista_pl.data.formats import Release, Row
 from sista_pl.data.images import read_gray
 from sista_pl.data.prepare import prepare
@@ -87,9 +88,10 @@ def test_a_store_travels_to_a_worker_without_its_data(store):
 def test_what_is_no_store(tmp_path):
     with pytest.raises(SistaError, match=r"not a prepared store; run `sista data prepare"):
         Store.open(tmp_path)
-    (tmp_path / "store.json").write_text("{")
-    with pytest.raises(SistaError, match="not readable"):
-        Store.open(tmp_path)
+    for text in ("{", "[]", "{}", f'{{"schema": {SCHEMA}}}'):
+        (tmp_path / "store.json").write_text(text)
+        with pytest.raises(SistaError, match="not readable"):
+            Store.open(tmp_path)
 
 
 @pytest.mark.parametrize(("schema", "step"), [(SCHEMA - 1, "prepare it again"), (SCHEMA + 1, "update sista")])
@@ -105,6 +107,9 @@ def test_a_file_that_is_cut_or_missing_is_named(store):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(SistaError, match=r"images-00001.npy: \d+ bytes where files.json says \d+; delete .*store"):
         store.image(0)
+    (store.path / "skipped.csv").unlink()
+    with pytest.raises(SistaError, match=r"\.(csv|npy): .* bytes where files.json says"):
+        Subject.of_store(store)
     shard.unlink()
     with pytest.raises(SistaError, match=r"images-00001.npy: no bytes"):
         store.image(0)

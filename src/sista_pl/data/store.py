@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 2
+# Without one of these in `store.json` nothing can be read.
+_KEYS = {"name", "version", "phantom", "size", "has_masks", "rows", "contents"}
 
 
 class Store:
@@ -60,6 +62,8 @@ class Store:
         try:
             info = json.loads(raw)
             schema = info["schema"]
+            if schema == SCHEMA and not info.keys() >= _KEYS:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise SistaError(f"{path}/store.json: not readable; delete {path} and prepare it again") from None
         if schema != SCHEMA:

@@ -72,11 +72,12 @@ class Subject:
 
     @classmethod
     def of_store(cls, store: Store) -> Subject:
+        table = store.manifest  # first: with it the files are compared with their list
         with (store.path / "skipped.csv").open(encoding="utf-8", newline="") as file:
             skipped = [(row[0], row[1]) for row in list(csv.reader(file))[1:]]
         info = store.info
         return cls(
-            "store", store.name, store.version, info["split"]["name"], store.phantom, info["options"], store.manifest,
+            "store", store.name, store.version, info["split"]["name"], store.phantom, info["options"], table,
             np.arange(len(store)), store.image, store.mask if store.has_masks else None, store.size, skipped,
             store.hash,
         )  # fmt: skip

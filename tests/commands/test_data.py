@@ -1,4 +1,6 @@
 import csv
+import inspect
+import re
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sista_pl.commands.data import main
+from sista_pl.data.formats import READERS
 from sista_pl.data.store import Store
 from sista_pl.errors import SistaError
 
@@ -97,6 +100,11 @@ def test_help_teaches(argv, capsys):
     assert "sista data" in out
     if argv in ([], ["prepare"]):
         assert "sista data prepare table" in out
+    if argv == ["prepare"]:
+        options = out.split("Options of a reader")[1]
+        for name, told in re.findall(r"^  (\w+)  ((?:.*\n(?:   .*\n)*))", options, re.M):
+            for option in list(inspect.signature(READERS[name]).parameters)[1:]:
+                assert re.search(rf"\b{option}[.=]", told), (name, option)
 
 
 def test_neither_torch_nor_lightning_is_imported(tmp_path, table):

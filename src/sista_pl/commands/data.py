@@ -30,6 +30,7 @@ An array job gives each task its part; the last to end makes the store, with the
 
 Options of a reader are written KEY=VALUE, the value as YAML; the first of several values is the default:
   mimic_cxr    reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
+               test_labels=same|radiologist
   chexpert     split=chexpert/competition  uncertain=competition|unknown|ones|zeros  labels=all|competition
                views=[frontal]  blank=absent|unknown  test=valid|official
   rsna         split=rsna/mgca|rsna/gloria-cls

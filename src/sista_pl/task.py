@@ -193,7 +193,8 @@ class BaseTask(LightningModule):
         """Hook: what of the stage's figures belongs on the progress bar or into `report`."""
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        if self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+        step = self.trainer.global_step + 1  # Lightning logs each n-th; the last of an epoch is in metrics.json
+        if step % max(1, self.trainer.log_every_n_steps) == 0 or self.trainer.is_last_batch:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 

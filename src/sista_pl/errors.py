@@ -34,7 +34,7 @@ def unwritable(place: object, error: OSError) -> Exception:
     """Return the line on a folder, given to be written, that cannot be, or else the error as it was."""
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return error
-    return SistaError(f"{error.filename or place}: cannot be written ({error.strerror}); give another folder")
+    return SistaError(f"{place}: cannot be written ({error.strerror}); give another folder")
 
 
 def disk_full(error: BaseException | None) -> bool:

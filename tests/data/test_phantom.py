@@ -181,7 +181,7 @@ def test_an_existing_phantom_is_kept_and_anything_else_refused(root, tmp_path):
     with pytest.raises(SistaError, match="not a phantom"):
         write_phantom("mimic_cxr", tmp_path / "mine", 2, progress=False)
     for out in (tmp_path / "mine/notes.txt/x", tmp_path / ("x" * 300)):
-        with pytest.raises(SistaError, match=r"cannot be written \(.*\); give another folder"):
+        with pytest.raises(SistaError, match=r"x: cannot be written \(.*\); give another folder"):
             write_phantom("mimic_cxr", out, studies=1)
     with pytest.raises(SistaError, match="studies=0"):
         write_phantom("mimic_cxr", tmp_path / "none", 0)

@@ -122,7 +122,7 @@ def prepare_part(
                 lock.unlink()
     except OSError as why:
         if not disk_full(why):
-            raise unwritable(out, why) from None
+            raise unwritable(why.filename or out, why) from None
         raise SistaError(f"{out}: disk full; free some space and run again, {partial} goes on from there") from None
     return Store.open(out)
 

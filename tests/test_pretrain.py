@@ -4,8 +4,10 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import mlflow
+import pandas as pd
 import pytest
 import torch
 
@@ -115,7 +117,6 @@ def test_test_without_a_path_takes_the_best_and_says_so(finished, capsys):
 
 def test_predict_writes_unit_embeddings(finished):
     import numpy as np
-    import pandas as pd
 
     folder, overrides = finished
     assert main(["predict", "--config", "pretrain.yaml", *overrides]) == 0
@@ -205,6 +206,19 @@ def test_mistakes_of_the_model_group_are_one_line(change, line):
     with pytest.raises(SistaError, match=re.escape(line)) as error:
         PretrainTask(**{"losses": {"instance": "clip"}, "image_encoder": "resnet10t", "image_size": 32, **change})
     assert "\n" not in str(error.value)
+
+
+def test_the_pairs_of_one_patient_have_no_interval():
+    from sista_pl.pretrain import PretrainTask
+
+    task = PretrainTask({"instance": "clip"}, "resnet10t", image_size=32, head_hidden=8)
+    manifest = pd.DataFrame({"patient_id": ["p"] * 9})
+    task._trainer = SimpleNamespace(datamodule=SimpleNamespace(store=SimpleNamespace(manifest=manifest)))
+    ranks = torch.tensor([1, 2, 7, 20])
+    task.val_retrieval.ranks = {"i2t": ranks, "t2i": ranks, "sample": torch.tensor([0, 2, 3, 8])}
+    found = task.report("val")
+    for name, value in {"i2t_R@1": 0.25, "t2i_R@5": 0.5, "R_mean": 0.5, "i2t_median_rank": 2}.items():
+        assert found[f"val/{name}"] == {"value": value, "interval95": None, "n": 4}
 
 
 def test_a_phantom_and_a_real_root_never_mix(capsys, workdir, tiny, phantom_root):

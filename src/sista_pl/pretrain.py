@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities import rank_zero_info
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from sista_pl.errors import SistaError
 from sista_pl.grad_cache import encode_in_chunks, refuse_batch_statistics
-from sista_pl.metrics import RANKS, Retrieval, bootstrap_interval
+from sista_pl.metrics import Retrieval, RetrievalFigures, intervals
+from sista_pl.metrics.retrieval import WAYS
 from sista_pl.models import IMAGE_ENCODERS, TEXT_ENCODERS, ProjectionHead
 from sista_pl.models.tokens import TokenTable
 from sista_pl.pair import Features, Pair, Semantics
@@ -198,22 +200,11 @@ class PretrainTask(BaseTask):
         self.log(f"{stage}/R@10", figures["i2t_R@10"], prog_bar=True, sync_dist=True)
 
     def report(self, stage: str) -> dict[str, Any]:
-        """Recall with its patient-clustered bootstrap 95 % interval."""
+        """Return recall and median rank with their intervals by patient."""
         ranks = self.metrics[stage].ranks
         if not ranks:
             return {}
-        manifest = self.trainer.datamodule.store.manifest
-        patients = manifest["patient_id"].to_numpy()[ranks["sample"].numpy()]
-        hits = torch.stack([(ranks[way] <= k).float() for way in ("i2t", "t2i") for k in RANKS]).mean(0).numpy()
-        figures: dict[str, Any] = {
-            f"{stage}/R_mean": {
-                "value": float(hits.mean()), "interval95": bootstrap_interval(hits, patients), "n": len(hits),
-            }
-        }  # fmt: skip
-        for way in ("i2t", "t2i"):
-            for k in RANKS:
-                hit = (ranks[way] <= k).float().numpy()
-                figures[f"{stage}/{way}_R@{k}"] = {
-                    "value": float(hit.mean()), "interval95": bootstrap_interval(hit, patients), "n": len(hit),
-                }  # fmt: skip
-        return figures
+        patients = self.trainer.datamodule.store.manifest["patient_id"].to_numpy()[ranks["sample"].numpy()]
+        none = np.zeros((len(patients), 0))  # findings
+        family = RetrievalFigures({way: ranks[way].numpy() for way in WAYS}, none, none, [])
+        return {f"{stage}/{name}": figure for name, figure in intervals(family.figures, patients).items()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from sista_pl.metrics import Classification, Detection, bootstrap_interval, intervals
+from sista_pl.metrics import Classification, Detection, intervals
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,6 @@ def test_repeated_patients_widen_the_interval():
     apart = intervals(mean(np.repeat(values, 4)), np.arange(400))["mean"]["interval95"]
     assert four == pytest.approx(one)
     assert apart[1] - apart[0] == pytest.approx((one[1] - one[0]) / 2, rel=0.15)
-    assert one == pytest.approx(bootstrap_interval(values, np.arange(100)), abs=0.05)
     assert one[1] - one[0] == pytest.approx(2 * 1.96 * values.std() / 10, rel=0.1)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sista_pl.errors import SistaError
-from sista_pl.metrics import Retrieval, RetrievalFigures, best_ranks, bootstrap_interval, chance, precision_at
+from sista_pl.metrics import Retrieval, RetrievalFigures, best_ranks, chance, precision_at
 
 
 def slow_recall(image, text, report, k):
@@ -74,14 +74,6 @@ def test_chance_of_distinct_reports_is_k_over_n():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(200, 200, generator=generator)
     assert chance(scores, torch.arange(200), 10, 200, 0).mean().item() == pytest.approx(0.05, abs=0.01)
-
-
-def test_interval_widens_with_clusters_and_holds_the_mean():
-    values = np.tile([0.0, 1.0], 50)
-    low, high = bootstrap_interval(values, np.arange(100))
-    assert low < 0.5 < high
-    clustered = bootstrap_interval(np.repeat(values[:20], 5), np.repeat(np.arange(20), 5))
-    assert clustered[1] - clustered[0] > 1.5 * (high - low)
 
 
 def test_nan_embeddings_are_refused_and_never_first(pairs):

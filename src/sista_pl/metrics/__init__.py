@@ -1,6 +1,6 @@
 """What a prediction is worth, with intervals: a file each for retrieval, classification, grounding, segmentation, …"""
 
-from sista_pl.metrics.bootstrap import bootstrap_interval, intervals
+from sista_pl.metrics.bootstrap import intervals
 from sista_pl.metrics.classification import Classification, best_thresholds
 from sista_pl.metrics.detection import Detection
 from sista_pl.metrics.grounding import Grounding
@@ -17,7 +17,6 @@ __all__ = [
     "Segmentation",
     "best_ranks",
     "best_thresholds",
-    "bootstrap_interval",
     "chance",
     "intervals",
     "overlap",

@@ -10,28 +10,6 @@ import numpy as np
 MOST = 2000  # clusters left out one by one
 
 
-def bootstrap_interval(
-    values: np.ndarray, clusters: np.ndarray, draws: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of a mean, resampling whole clusters (patients).
-
-    Args:
-        values: (N,) one value a sample.
-        clusters: (N,) the patient of each sample.
-        draws: bootstrap resamples.
-        seed: of the resampling.
-        level: coverage.
-
-    Returns:
-        lower and upper end.
-    """
-    _, inverse = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(inverse, weights=values)
-    counts = np.bincount(inverse)
-    picks = np.random.default_rng(seed).integers(len(counts), size=(draws, len(counts)))
-    return percentiles(sums[picks].sum(1) / counts[picks].sum(1), level)
-
-
 def percentiles(drawn: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return lower and upper end of the percentile interval of what was drawn, (B,)."""
     tail = (1 - level) / 2

@@ -15,8 +15,8 @@ from sista_pl.data.images import image_size, read_gray
 from sista_pl.data.phantom.dicom import write_dicom
 from sista_pl.embed import Preparation, open_joint
 from sista_pl.errors import SistaError
-from sista_pl.explain import Frame, ask, look, read_film, show_film
-from sista_pl.models import ImageEncoder
+from sista_pl.explain import Frame, ask, look, pooled_cells, read_film, show_film
+from sista_pl.models import IMAGE_ENCODERS, ImageEncoder
 from sista_pl.models.attention import AllAttention, roll_out
 from sista_pl.pair import Features
 from sista_pl.pretrain import PretrainTask
@@ -218,6 +218,62 @@ def test_without_a_token_loss_the_pooled_projection_is_said_and_shown(folder):
     last = joint.image_encoder.pyramid(image)[-1][0].flatten(1).T  # P D
     expected = F.cosine_similarity(joint.image_head.pooled(last), joint.encode_text(["left effusion"]).pooled)
     assert np.allclose(found.whole.ravel(), expected, atol=1e-5)
+
+
+def built(spec, size):
+    torch.manual_seed(0)
+    encoder = IMAGE_ENCODERS.build(spec, image_size=size).eval()
+    for name, value in encoder.named_parameters():
+        if "norm" in name:
+            value.add_(0.05 * torch.randn_like(value))
+    return encoder, torch.rand(1, 1, size, size) * 2 - 1
+
+
+def tower(family):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+             "image_size": 32, "patch_size": 16}  # fmt: skip
+    return {"name": "hf", "config": {"model": {"model_type": family, **sizes}, "mean": 0.5, "std": 0.5}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet10t", "resnetv2_50", "efficientnet_b0"])
+def test_cells_average_to_what_is_pooled(name):
+    encoder, image = built(name, 64)
+    found = encoder(image)
+    cells = pooled_cells(encoder, image, found.local)
+    assert cells.shape == (1, 4, encoder.dim)
+    assert torch.allclose(cells.mean(1), found.pooled, atol=1e-4 * float(found.pooled.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "cell"), [("convnext_atto", 32), ("vit_tiny_patch16_224", 16)])
+def test_a_film_of_one_cell_is_its_cell(name, cell):
+    """Also where the mean is normalised."""
+    encoder, image = built(name, cell)
+    if encoder.has_tokens:  # as MAE's
+        encoder.model.global_pool, encoder.model.fc_norm = "avg", torch.nn.LayerNorm(192)
+        encoder.model.fc_norm.weight.normal_()
+    found = encoder(image)
+    assert torch.allclose(pooled_cells(encoder, image, found.local)[0], found.pooled, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["vit_tiny_patch16_224", tower("clip_vision_model"), tower("dinov2")], ids=str)
+def test_a_patch_is_normalised_as_the_class_token_is(spec):
+    """CLIP leaves its patches as they are behind the last block."""
+    encoder, image = built(spec, 32)
+    local = encoder(image).local
+    expected = encoder.model.post_layernorm(local) if "clip" in str(spec) else local
+    assert torch.allclose(pooled_cells(encoder, image, local), expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["vit_tiny_patch16_224", tower("siglip_vision_model")], ids=str)
+def test_attention_pooling_has_no_map(spec):
+    encoder, image = built(spec, 32)
+    encoder.model.attn_pool = torch.nn.Identity()  # as timm's SigLIP has it
+    with pytest.raises(SistaError, match="nothing can be shown"):
+        pooled_cells(encoder, image, encoder(image).local)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from sista_pl.embed import Joint, Preparation
 from sista_pl.errors import SistaError
 from sista_pl.losses.token import SparseTokenAlignment
 from sista_pl.models.attention import AllAttention, roll_out
-from sista_pl.models.image import TimmEncoder
+from sista_pl.models.huggingface import HuggingFaceEncoder
+from sista_pl.models.image import ImageEncoder, TimmEncoder
 from sista_pl.models.tokens import surfaces
 from sista_pl.similarity_map import content_words, similarity_map
 
@@ -125,7 +127,7 @@ def look(joint: Joint, query: Query, image: Tensor) -> Maps:
     if joint.tokens_trained:
         patches = joint.image_head.local(found.local)[0]  # P E
     else:
-        patches = joint.image_head.pooled(_pooled_cells(joint, image.to(joint.device), found.local))[0]
+        patches = joint.image_head.pooled(pooled_cells(joint.image_encoder, image.to(joint.device), found.local))[0]
     grid = (round(len(patches) ** 0.5),) * 2
     if grid[0] * grid[1] != len(patches):
         raise SistaError(f"the image encoder gives {len(patches)} patches, no square grid; nothing can be shown")
@@ -157,20 +159,36 @@ def selection(joint: Joint) -> SparseTokenAlignment | None:
     return next((loss for loss in joint.losses.values() if isinstance(loss, SparseTokenAlignment)), None)
 
 
-def _pooled_cells(joint: Joint, image: Tensor, local: Tensor) -> Tensor:
-    """Return one vector a cell, (1, P, D), in the place that the pooled vector has in the encoder."""
-    encoder = joint.image_encoder
+def pooled_cells(encoder: ImageEncoder, image: Tensor, local: Tensor) -> Tensor:
+    """Return one vector a cell, (1, P, D), in the place that the pooled vector has in the encoder.
+
+    Args:
+        encoder: of a checkpoint.
+        image: (1, 1, H, W) in [-1, 1].
+        local: (1, P, D) that the encoder gives of it.
+
+    Raises:
+        SistaError: an encoder that weighs its cells to pool them.
+    """
+    model: Any = getattr(encoder, "model", None)
+    found: Tensor | None = None
     if encoder.has_tokens and encoder.local_dim == encoder.dim:
-        return local
-    if isinstance(encoder, TimmEncoder) and not encoder.has_tokens:
-        last = encoder.pyramid(image)[-1]  # 1 D h w
+        if isinstance(encoder, TimmEncoder) and getattr(model, "attn_pool", None) is None:
+            # as a sequence of its own, in all its places: whichever the head takes
+            found = model.forward_head(local[0, :, None].expand(-1, model.num_prefix_tokens + 1, -1), pre_logits=True)
+        elif isinstance(encoder, HuggingFaceEncoder) and getattr(model, "head", None) is None:
+            found = encoder.tokens(image)[-1][0][0].flatten(1).T  # normalised, as what is pooled
+        elif not isinstance(encoder, TimmEncoder | HuggingFaceEncoder):
+            return local
+    elif isinstance(encoder, TimmEncoder) and not encoder.has_tokens:
+        last, _ = model.forward_intermediates(encoder.renormalise(image), output_fmt="NCHW")  # 1 D h w
         cells = last[0].flatten(1).T[:, :, None, None]  # each cell as an image of its own
         try:
-            found = encoder.model.forward_head(cells.contiguous(), pre_logits=True)
-        except RuntimeError:
+            found = model.forward_head(cells.contiguous(), pre_logits=True)
+        except RuntimeError:  # a head that takes another form
             found = None
-        if found is not None and found.shape == (len(cells), encoder.dim):
-            return found[None]
+    if found is not None and found.shape[1:] == (encoder.dim,):
+        return found[None]
     raise SistaError(
         f"checkpoint: its losses compare no words with patches, and {getattr(encoder, 'name', 'its encoder')!r} pools "
         "films in a way that has no map; nothing can be shown, train with a token loss (`sista list losses`)"

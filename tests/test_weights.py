@@ -230,6 +230,16 @@ def test_positions_are_resampled_class_tokens_kept(tmp_path, name, prefix):
     assert torch.allclose(found, resample_abs_pos_embed(grid, [6, 6], num_prefix_tokens=prefix), atol=1e-6)
 
 
+def test_positions_of_another_number_of_tokens_are_mismatched(tmp_path):
+    """A vision transformer without a class token, given to one that has it."""
+    more = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    state = numbered(timm.create_model("vit_tiny_patch16_224", num_classes=0, **more))
+    save_file(state, tmp_path / "model.safetensors")
+    encoder = build("vit_tiny_patch16_224", size=96, in_chans=3)
+    coverage = load_weights(encoder, tmp_path / "model.safetensors")
+    assert (coverage.mismatched, coverage.missing) == (["pos_embed"], ["cls_token"])
+
+
 def test_too_little_loads_nothing_unless_allowed(tmp_path):
     state = numbered(torchvision.models.resnet18())
     part = {name: value for name, value in state.items() if not name.startswith("layer3")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -146,7 +147,7 @@ def _fitted(name: str, value: Tensor, target: Tensor, encoder: nn.Module) -> Ten
         model = getattr(encoder, "model", encoder)
         # some models add class and registers after the positions
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
-        grid = round((target.shape[1] - prefix) ** 0.5)
-        if prefix + grid * grid == target.shape[1]:
+        grid, other = (math.isqrt(max(0, each.shape[1] - prefix)) for each in (target, value))
+        if (prefix + grid * grid, prefix + other * other) == (target.shape[1], value.shape[1]):
             return resample_abs_pos_embed(value, [grid, grid], num_prefix_tokens=prefix).to(target.dtype)
     return None

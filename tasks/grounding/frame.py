@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sista_pl.data.images import fit, fit_box
+from sista_pl.data.images import _scaled, fit
 from sista_pl.data.transfer import fill_boxes
 
 OBJECT, IGNORED = 255, 127
@@ -23,10 +23,9 @@ def film(width: int, height: int, size: int, crop: int) -> np.ndarray:
         size: side of the stored square.
         crop: side of the centre crop.
     """
-    whole = fit_box({"x": 0, "y": 0, "w": width, "h": height}, width, height, size)
-    x0, y0, x1, y1 = (round(n) for n in (whole["x"], whole["y"], whole["x"] + whole["w"], whole["y"] + whole["h"]))
+    (across, down), (_, dx, dy) = _scaled(width, height, size), fit(width, height, size)
     square = np.zeros((size, size), bool)
-    square[y0:y1, x0:x1] = True
+    square[dy : dy + down, dx : dx + across] = True
     return centre(square, crop)
 
 

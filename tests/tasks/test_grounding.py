@@ -122,7 +122,7 @@ def test_without_regions_in_the_validation_split_the_prior_is_the_centre(tested,
     )
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 128), (100, 60), (60, 100), (37, 91), (3, 200)])
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (100, 60), (60, 100), (37, 91), (3, 200), (2000, 3)])
 def test_the_frame_is_that_of_the_file(tmp_path, width, height):
     """White film: what is not padding in the crop is film, and a bright pixel of it goes back to where it was."""
     Image.fromarray(np.full((height, width), 255, np.uint8)).save(tmp_path / "white.png")
@@ -140,14 +140,14 @@ def test_the_frame_is_that_of_the_file(tmp_path, width, height):
 
 def test_a_folder_of_films_is_pointed_at(pretrained, evaluation, workdir, capsys):
     (workdir / "films").mkdir()
-    for name, shape in (("a.png", (60, 90)), ("b.png", (300, 200))):
+    for name, shape in (("a.png", (60, 90)), ("b.png", (300, 200)), ("strip.png", (3, 2000))):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8)).save(workdir / "films" / name)
     command = evaluation("ground_siim", workdir / "none", pretrained)
     phrases = "{effusion: [pleural effusion, left effusion], pneumothorax: pneumothorax}"
     more = ["--data.inputs", "films", "--model.phrases", phrases]
     assert main(["predict", *command, *more]) == 0, capsys.readouterr().err
     table = pd.read_csv(workdir / "runs/ground_siim/0001/predictions.csv")
-    for (_, line), (height, width) in zip(table.iterrows(), ((60, 90), (300, 200)), strict=True):
+    for (_, line), (height, width) in zip(table.iterrows(), ((60, 90), (300, 200), (3, 2000)), strict=True):
         for name in ("effusion", "pneumothorax"):
             assert 0 <= line[f"point_x_{name}"] <= width
             assert 0 <= line[f"point_y_{name}"] <= height

@@ -6,7 +6,7 @@ from sklearn import metrics as sk
 
 from sista_pl.errors import SistaError
 from sista_pl.metrics import Classification, best_thresholds
-from sista_pl.metrics.curves import precision_recall, reliability, roc
+from sista_pl.metrics.curves import precision_recall, roc
 
 NAMES = ["Edema", "Effusion", "Mass"]
 
@@ -201,16 +201,6 @@ def test_curves_are_those_of_scikit_learn(labelled):
     assert np.trapezoid(y, x) == pytest.approx(figures["auroc/Effusion"])
     x, y = precision_recall(truth[:, 1], scores[:, 1])
     assert np.diff(x) @ y[1:] == pytest.approx(figures["auprc/Effusion"])
-
-
-def test_the_reliability_diagram_holds_the_calibration_error(labelled):
-    truth, scores, _ = labelled
-    score, share, count = reliability(truth[:, 2], scores[:, 2])
-    known = ~np.isnan(truth[:, 2])
-    error = slow_ece(scores[known, 2], truth[known, 2], np.ones(known.sum()))
-    assert count @ np.abs(score - share) / count.sum() == pytest.approx(error, abs=1e-12)
-    assert count.sum() == known.sum()
-    assert (np.diff(score) > 0).all()
 
 
 def test_curves_of_one_kind_of_image_are_empty():

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 COMMON = [
@@ -11,6 +12,12 @@ COMMON = [
     "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true",
     "--model.draws", "100",
 ]  # fmt: skip
+
+
+def overlap(prediction: np.ndarray, mask: np.ndarray) -> tuple[int, int, int]:
+    """Return the pixels in both, of the prediction and of the truth; where the truth is 127 nothing counts."""
+    said, true = prediction & (mask != 127), mask == 255
+    return int((said & true).sum()), int(said.sum()), int(true.sum())
 
 
 def _store(layout: str, studies: int, folder: Path, seed: int = 5) -> Path:

@@ -13,7 +13,9 @@ import pytest
 from sista_pl.cli import main
 from sista_pl.data.store import Store
 from sista_pl.data.transfer import TransferDataModule
-from sista_pl.metrics import Classification, Detection, Segmentation, intervals, overlap
+from sista_pl.metrics import Classification, Detection, Segmentation, intervals
+
+from .conftest import overlap
 
 pytestmark = [pytest.mark.real, pytest.mark.study]
 FOLDS, SIZE = 5, 96

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sista_pl.metrics.segmentation import Segmentation, overlap
+from sista_pl.metrics.segmentation import Segmentation
+
+from .conftest import COMMON, overlap
 
 
 def cells_and_masks(images=12, seed=0):
@@ -88,8 +90,6 @@ def test_strength_and_threshold_are_the_best_of_all_on_validation():
 def test_a_frozen_linear_decoder_is_solved_in_one_step_and_stays_in_the_checkpoint(siim_store, tmp_path, monkeypatch):
     from sista_pl.cli import main
     from sista_pl.runs import find_checkpoint
-
-    from .conftest import COMMON
 
     monkeypatch.chdir(tmp_path)
     common = ["--config", "seg_siim.yaml", *COMMON, "--data.store", str(siim_store), "--model.image_size", "64"]

@@ -5,7 +5,7 @@ from sista_pl.metrics.classification import Classification, best_thresholds
 from sista_pl.metrics.detection import Detection
 from sista_pl.metrics.grounding import Grounding
 from sista_pl.metrics.retrieval import RANKS, Retrieval, RetrievalFigures, best_ranks, chance, precision_at
-from sista_pl.metrics.segmentation import Segmentation, overlap
+from sista_pl.metrics.segmentation import Segmentation
 
 __all__ = [
     "RANKS",
@@ -19,6 +19,5 @@ __all__ = [
     "best_thresholds",
     "chance",
     "intervals",
-    "overlap",
     "precision_at",
 ]

@@ -244,17 +244,13 @@ def run_ends(scores: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, np.int64)
 
 
-def score_bins(scores: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Return the bin of each score in [0, 1], of `bins` equally wide ones; 1 lies in the last."""
-    return np.minimum((scores * bins).astype(int), bins - 1)
-
-
 def calibration_error(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float | None:
     """Weighted mean over 15 equally wide bins of |mean score - share of truth|; None where nothing has a weight."""
     total = weights.sum()
     if total <= 0:
         return None
-    gaps = np.bincount(score_bins(scores), weights * (scores - truth), minlength=BINS)
+    place = np.minimum((scores * BINS).astype(int), BINS - 1)  # 1 lies in the last
+    gaps = np.bincount(place, weights * (scores - truth), minlength=BINS)
     return float(np.abs(gaps).sum() / total)
 
 

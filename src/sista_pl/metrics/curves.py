@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sista_pl.metrics.classification import BINS, run_ends, score_bins
+from sista_pl.metrics.classification import run_ends
 from sista_pl.metrics.detection import Detection
 
 
@@ -46,23 +46,6 @@ def precision_recall(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray,
         return np.zeros(0), np.zeros(0)
     hits, alarms = steps
     return np.append(0.0, hits / hits[-1]), np.append(1.0, hits / (hits + alarms))
-
-
-def reliability(truth: np.ndarray, scores: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean score, share of positives and number of images of each bin that has an image.
-
-    Args:
-        truth: (N,) 1, 0 or NaN (unknown, left out).
-        scores: (N,) in [0, 1].
-        bins: equally wide ones of [0, 1]; as many as the calibration error has by default.
-    """
-    known = ~np.isnan(truth)
-    place = score_bins(scores[known], bins)
-    count = np.bincount(place, minlength=bins)
-    total = np.bincount(place, scores[known], minlength=bins)
-    positive = np.bincount(place, truth[known], minlength=bins)
-    some = count > 0
-    return total[some] / count[some], positive[some] / count[some], count[some]
 
 
 def froc(family: Detection, k: int = 0) -> tuple[np.ndarray, np.ndarray]:

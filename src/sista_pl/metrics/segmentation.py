@@ -117,19 +117,3 @@ class Segmentation:
             "empty_specificity": (empty @ (self.predicted[:, k] == 0), empty.sum()),
         }
         return {name: float(part / whole) for name, (part, whole) in terms.items() if whole > 0}
-
-
-def overlap(prediction: np.ndarray, mask: np.ndarray) -> tuple[int, int, int]:
-    """Return the pixels in both, of the prediction and of the truth; where the truth is 127 nothing counts.
-
-    Args:
-        prediction: (H, W) bool.
-        mask: (H, W) uint8: 0 background, 127 ignored, 255 object.
-
-    Raises:
-        SistaError: masks of different sizes.
-    """
-    if prediction.shape != mask.shape:
-        raise SistaError(f"mask: the prediction is {prediction.shape}, the truth {mask.shape}; bring both to one size")
-    said, true = prediction.astype(bool) & (mask != IGNORED), mask == OBJECT
-    return int((said & true).sum()), int(said.sum()), int(true.sum())

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pytorch_lightning.utilities import rank_zero_info
+from sista_tasks.grounding.frame import film
 from sista_tasks.segmentation.decoders import DECODERS, Linear
 from sista_tasks.segmentation.ridge import fit
 from torch import Tensor
@@ -176,7 +177,8 @@ class SegmentationTask(TransferTask):
         names = self.image_names(batch["index"].tolist())
         for name, (width, height), scores in zip(names, sizes, batch["scores"].numpy(), strict=True):
             mask = unfit_mask(scores > THRESHOLD, width, height, data.size)
-            rows.append((name, width, height, float(scores.max()), float(mask.mean()), encode_rle(mask)))
+            score = scores[film(width, height, data.size, len(scores))].max()  # padding has no object
+            rows.append((name, width, height, float(score), float(mask.mean()), encode_rle(mask)))
         return pd.DataFrame(rows, columns=["image", "width", "height", "score", "area", "mask_rle"])
 
 

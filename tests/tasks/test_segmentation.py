@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -187,8 +188,20 @@ def test_masks_of_files_are_in_the_files_own_pixels(fitted, store, workdir):
         assert found.shape == expected.shape == (line.height, line.width)
         assert (found != expected).mean() < 0.002  # scores of a batch differ in their last digit
         assert line.area == pytest.approx(found.mean())
-        assert line.score == pytest.approx(scores.max(), abs=1e-4)
+        Image.new("L", (line.width, line.height), 255).save(workdir / "white.png")
+        seen = read_gray(workdir / "white.png", 64)[8:-8, 8:-8] > 127
+        assert line.score == pytest.approx(scores[seen].max(), abs=1e-4)
     assert table["area"].max() > 0
+
+
+def test_a_score_on_the_padding_is_no_score_of_the_film():
+    task, scores = SegmentationTask(image_encoder="resnet10t", image_size=32), torch.full((2, 32, 32), 0.2)
+    scores[0, :8], scores[:, 16, 16] = 0.9, 0.3  # above a wide film; on both
+    data = SimpleNamespace(size=32, files=["wide.png", "square.png"])
+    task._trainer = SimpleNamespace(datamodule=data)
+    sizes = torch.tensor([[100, 50], [50, 50]])
+    table = task.prediction_table({"index": torch.arange(2), "scores": scores, "original_size": sizes})
+    assert table["score"].tolist() == pytest.approx([0.3, 0.3])
 
 
 def test_a_folder_of_broken_files_is_an_empty_table(fitted, workdir):

@@ -26,9 +26,11 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 from sista_tasks.classification import ClassificationTask
 
-from sista_pl import load_encoder
+from sista_pl import load_encoder, serving
+from sista_pl.checkpoint import read_checkpoint
 from sista_pl.cli import main
 from sista_pl.data.images import read_gray
+from sista_pl.embed import preparation
 from sista_pl.errors import SistaError
 from sista_pl.pretrain import PretrainTask
 from sista_pl.serving import class_names
@@ -185,6 +187,16 @@ def test_the_folder_is_whole_and_says_what_it_is(served, model):
         assert part in text
     assert len(model.predict(model.input_example)) == 1
     assert sorted(p.name for p in served.parent.iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "multiclass"])
+def test_thresholds_are_told_where_some_were_chosen(cls, kind):
+    """Of exclusive classes the highest score decides."""
+    found = read_checkpoint(cls)
+    found["hyper_parameters"]["kind"] = kind
+    facts = serving._facts(found, cls, serving.FilmEncoder(found, cls), preparation(cls, 64), {})
+    assert facts["thresholds"] == (None if kind == "multiclass" else [0.5, 0.5])
+    assert ("Thresholds chosen" in serving.serving_card(facts, {})) == (kind == "multilabel")
 
 
 def test_bad_bytes_are_the_clients_mistake_and_named(films, model, tmp_path, monkeypatch):

@@ -258,7 +258,8 @@ def _facts(
     found: Mapping[str, Any], path: Path, encoder: FilmEncoder, how: Preparation, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     data: dict[str, Any] = next((v for v in found.values() if isinstance(v, dict) and {"data", "split"} <= set(v)), {})
-    thresholds = found["state_dict"].get("thresholds")
+    # of exclusive classes the highest score decides
+    thresholds = None if encoder.kind == "multiclass" else found["state_dict"].get("thresholds")
     name, _ = IMAGE_ENCODERS.split(found["hyper_parameters"]["image_encoder"])
     return {
         "format": "mlflow", "created_by": f"sista-pl {version('sista-pl')}", "needs": {"mlflow": version("mlflow")},

@@ -66,7 +66,10 @@ class Observer(Callback):
             if self.poison and key in batch:
                 batch[key].fill_(math.nan)
 
-    on_predict_batch_start = on_test_batch_start
+    def on_predict_batch_start(
+        self, trainer: Trainer, task: LightningModule, batch: Any, index: int, dataloader_idx: int = 0
+    ) -> None:
+        self.on_test_batch_start(trainer, task, batch, index)
 
     def on_test_end(self, trainer: Trainer, task: LightningModule) -> None:
         self.keys = set(trainer.callback_metrics)

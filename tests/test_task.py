@@ -5,6 +5,7 @@ import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
 
+from sista_pl.errors import SistaError
 from sista_pl.task import BaseTask, Step
 
 
@@ -35,3 +36,11 @@ def test_the_gradient_norm_is_that_of_the_step_it_is_logged_at(tmp_path):
     trainer.fit(Slope(), torch.utils.data.DataLoader(norms))
     assert told == {2: 3, 5: 2}  # steps count on over the epochs, from 0
     assert trainer.callback_metrics["train/grad_norm"] == 4
+
+
+def test_a_prediction_of_nan_is_refused_wherever_it_stands():
+    nan, fine = torch.tensor([0.0, torch.nan]), torch.zeros(2)
+    Slope().on_predict_batch_end({"a": fine, "b": [fine, (fine,)], "c": "nan", "d": 3}, None, 0)
+    for found in ({"a": nan}, {"b": [fine, nan]}, {"b": [{"c": (nan,)}]}, nan):
+        with pytest.raises(SistaError, match="predict: the model predicts NaN"):
+            Slope().on_predict_batch_end(found, None, 0)

@@ -144,6 +144,11 @@ class BaseTask(LightningModule):
     def test_step(self, batch: dict[str, Any], index: int) -> None:
         self._run("test", batch)
 
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse predictions of NaN, whichever task made them."""
+        if _has_nan(outputs):
+            raise SistaError("predict: the model predicts NaN; set trainer.precision to 32-true, or train it again")
+
     def _run(self, stage: str, batch: dict[str, Any]) -> Tensor:
         step = self.step(batch)
         total = torch.stack([self.weights[name] * loss for name, loss in step.losses.items()]).sum()
@@ -197,6 +202,15 @@ class BaseTask(LightningModule):
         if step % max(1, self.trainer.log_every_n_steps) == 0 or self.trainer.is_last_batch:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+
+def _has_nan(found: Any) -> bool:
+    """Return whether there is a NaN in a tensor, or in one of a mapping's or list's."""
+    if isinstance(found, Tensor):
+        return bool(found.isnan().any())
+    if isinstance(found, Mapping):
+        return any(map(_has_nan, found.values()))
+    return isinstance(found, (list, tuple)) and any(map(_has_nan, found))
 
 
 def _plain(name: Any, spec: Any) -> dict[str, Any]:

@@ -29,7 +29,6 @@ import torch
 from sista_pl.cli import main
 from sista_pl.conformance import Observer, check_step, fail
 from sista_pl.errors import did_you_mean
-from sista_pl.measured import MeasuredTask
 from sista_pl.runs import CHECKPOINTS, runs_of
 
 __all__ = ["CHECKS", "check_step", "check_task"]
@@ -48,7 +47,7 @@ CHECKS = {
     "predictions": "predictions.parquet of a test has each image of the split once",
     "predict": "so has the table of sista predict",
     "nan": "a test of a model that says NaN is refused in one line, and its figures are not written; so is a "
-    "prediction, of a MeasuredTask",
+    "prediction",
     "target": "data of another target are refused in one line",
 }
 _KEY = re.compile(r"(train|val|test)/\S.*")
@@ -348,9 +347,8 @@ class _Conformance:
         path = (run if self.trains else runs_of(self.runs, "check")[-1]) / "test/metrics.json"
         if path.read_bytes() != before if self.trains else path.exists():
             fail(self.name, "nan", "a test that was refused has written metrics.json")
-        if isinstance(observer.task, MeasuredTask):  # others write the NaN itself
-            advice = "raise a SistaError in predict_step where predictions are not finite"
-            self.refused("nan", "images of NaN in a prediction", advice, "predict", *self.of_run(run), poison=True)
+        advice = "let predict_step return the NaN, which BaseTask.on_predict_batch_end refuses"
+        self.refused("nan", "images of NaN in a prediction", advice, "predict", *self.of_run(run), poison=True)
 
     def check_target(self, observer: Observer) -> None:
         other = _other_target(observer.data)

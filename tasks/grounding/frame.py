@@ -9,30 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sista_pl.data.images import _scaled, fit
+from sista_pl.data.images import centre, fit
 from sista_pl.data.transfer import fill_boxes
 
 OBJECT, IGNORED = 255, 127
-
-
-def film(width: int, height: int, size: int, crop: int) -> np.ndarray:
-    """Return (crop, crop) bool: the part of the centre crop that shows film, and no padding.
-
-    Args:
-        width, height: of the upright original, in pixels.
-        size: side of the stored square.
-        crop: side of the centre crop.
-    """
-    (across, down), (_, dx, dy) = _scaled(width, height, size), fit(width, height, size)
-    square = np.zeros((size, size), bool)
-    square[dy : dy + down, dx : dx + across] = True
-    return centre(square, crop)
-
-
-def centre(square: np.ndarray, crop: int) -> np.ndarray:
-    """Return the centre crop of (..., size, size)."""
-    off = (square.shape[-1] - crop) // 2
-    return square[..., off : off + crop, off : off + crop]
 
 
 def regions(data: Any, row: int, crop: int) -> np.ndarray:

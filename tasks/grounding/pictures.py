@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sista_tasks.grounding.frame import OBJECT, centre, regions
+from sista_tasks.grounding.frame import OBJECT, regions
 
 from sista_pl import figures
 from sista_pl.data import transforms
+from sista_pl.data.images import centre
 from sista_pl.figures import Case
 from sista_pl.predictions import Predicted
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from sista_tasks.grounding.frame import OBJECT, centre_map, film, highest, original_point, regions
+from sista_tasks.grounding.frame import OBJECT, centre_map, highest, original_point, regions
 from torch import Tensor
 
+from sista_pl.data.images import film
 from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.evaluation import EvaluationTask
 from sista_pl.metrics.grounding import COLUMNS, Grounding, contrast, mean_iou, pointing

@@ -97,10 +97,6 @@ class ZeroShotTask(EvaluationTask):
 
     def predict_step(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
         logits = self(batch) if len(batch["index"]) else torch.zeros(0, len(self.classes))
-        if logits.isnan().any():
-            raise SistaError(
-                "predict: the model gives NaN; set trainer.precision to 32-true, or take another checkpoint"
-            )
         return {"index": batch["index"], "logits": logits.cpu(), "bad": batch.get("bad", [])}
 
     def prediction_table(self, batch: dict[str, Any]) -> pd.DataFrame:

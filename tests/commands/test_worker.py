@@ -58,6 +58,7 @@ def test_a_cell_that_another_is_at_is_left_alone(worker, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_one_that_lost_its_parent_stops(workdir, tiny, worker):
     fit = ["fit", "--config", "pretrain.yaml", *tiny, "--name", "orphan", "--trainer.max_epochs", "9999"]
     worker.start(fit, workdir / "log", workdir / "lock")
@@ -70,6 +71,7 @@ def test_one_that_lost_its_parent_stops(workdir, tiny, worker):
     assert "SIGTERM: saved" in (workdir / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_fit_behind_others_is_the_fit_alone(workdir, tiny, worker):
     fit = ["fit", "--config", "pretrain.yaml", *tiny, "--trainer.limit_train_batches", "2"]
     assert finish(worker, [*fit, "--name", "other", "--seed_everything", "5"], workdir / "log") == 0

@@ -169,11 +169,13 @@ def test_weights_of_nan_are_no_film_without_a_box(name, part):
     image, boxes, labels = films()
     batch = {"image": image, "boxes": boxes, "box_labels": labels, "index": torch.arange(4)}
     assert not task.step(batch).outputs["values"].isnan().any()
-    assert len(task.predict_step(batch, 0)["items"]) == 4
+    found = task.predict_step(batch, 0)
+    assert len(found["items"]) == 4
+    task.on_predict_batch_end(found, batch, 0)
     list(getattr(task, part).parameters())[-1].data.view(-1)[0] = math.nan
     assert task.step(batch).outputs["values"].isnan().all()
     with pytest.raises(SistaError, match=r"predict: the model predicts NaN; set trainer\.precision to 32-true"):
-        task.predict_step(batch, 0)
+        task.on_predict_batch_end(task.predict_step(batch, 0), batch, 0)
 
 
 @pytest.mark.parametrize("name", ["retinanet", "fcos", "faster_rcnn"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from sista_tasks.grounding import GroundingTask
-from sista_tasks.grounding.frame import centre_map, film, original_point
+from sista_tasks.grounding.frame import centre_map, original_point
 
 from sista_pl.cli import main
-from sista_pl.data.images import read_gray
+from sista_pl.data.images import film, read_gray
 from sista_pl.data.store import Store
 from sista_pl.errors import SistaError
 from sista_pl.joint import load_joint

@@ -51,6 +51,26 @@ def fit_box(box: Mapping[str, Any], width: int, height: int, size: int) -> dict[
     return {**box, **{key: round(float(value), 2) for key, value in place.items()}}
 
 
+def film(width: int, height: int, size: int, crop: int) -> np.ndarray:
+    """Return (crop, crop) bool: the part of the centre crop that shows film, and no padding.
+
+    Args:
+        width, height: of the upright original, in pixels.
+        size: side of the stored square.
+        crop: side of the centre crop.
+    """
+    (across, down), (_, dx, dy) = _scaled(width, height, size), fit(width, height, size)
+    square = np.zeros((size, size), bool)
+    square[dy : dy + down, dx : dx + across] = True
+    return centre(square, crop)
+
+
+def centre(square: np.ndarray, crop: int) -> np.ndarray:
+    """Return the centre crop of (..., size, size)."""
+    off = (square.shape[-1] - crop) // 2
+    return square[..., off : off + crop, off : off + crop]
+
+
 def unfit_boxes(boxes: np.ndarray, width: int, height: int, size: int, crop: int) -> np.ndarray:
     """Return boxes (M, 4) x0 y0 x1 y1 of the centre crop in pixels of the (width, height) image, cut at its edges."""
     scale, dx, dy = fit(width, height, size)

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,31 +33,82 @@ class WordMaps:
     maps: list[np.ndarray]
 
 
+class Sheet:
+    """Films in rows, each with a title over it and a caption under it.
+
+    All lie in one pair of axes, in inches from the upper left corner: a pair for each film would take longer to make
+    than all that is in it.
+
+    Args:
+        rows, columns: films.
+        title: of the sheet.
+        caption: inches under a film.
+        film: inches of a film's longer side, with the gap to the next.
+        least: inches that the sheet is wide at least.
+    """
+
+    def __init__(self, rows: int, columns: int, title: str, *, caption: float, film: float, least: float = 0.0):
+        self.head, self.film, self.row = 0.7, film, film + caption
+        width, height = max(least, film * columns), self.head + self.row * max(1, rows)
+        self.figure = Figure(figsize=(width, height))
+        FigureCanvasAgg(self.figure)
+        self.figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
+        self.axes = self.figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0.0, width), ylim=(height, 0.0))
+        self.axes.set_axis_off()
+
+    def place(self, row: int, column: int, shape: Sequence[int], title: str, caption: str) -> Frame:
+        """Return where a film of this (height, width) lies, after writing what is over and under it."""
+        side = self.film - 0.06
+        scale = side / max(shape)
+        left = column * self.film + (self.film - scale * shape[1]) / 2
+        top = self.head + row * self.row + (side - scale * shape[0]) / 2
+        self.axes.text(left, top - 0.05, title, va="bottom", fontsize=8)
+        self.axes.text(left, top + scale * shape[0] + 0.04, caption, va="top", fontsize=6.5)
+        return Frame(left, top, scale)
+
+    def show(self, frame: Frame, image: np.ndarray, of: Sequence[int] | None = None, **style: Any) -> None:
+        """Draw an image that fills the frame of a film of (height, width) `of`; that of the image itself by default."""
+        height, width = image.shape if of is None else of
+        (left, right), (top, bottom) = frame.x(np.array([0, width])), frame.y(np.array([0, height]))
+        self.axes.imshow(image, extent=(left, right, bottom, top), **style)
+
+    def write(self, path: Path) -> Path:
+        """Write the sheet as PNG."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 1})  # level 6 takes as long as the drawing
+        return path
+
+
+@dataclass
+class Frame:
+    """Where a film lies on a sheet: inches of its upper left corner and of a pixel."""
+
+    left: float
+    top: float
+    scale: float
+
+    def x(self, pixels: Any) -> Any:
+        """Return the inches of columns, 0 the left edge of the first."""
+        return self.left + self.scale * pixels
+
+    def y(self, pixels: Any) -> Any:
+        """Return the inches of rows, 0 the upper edge of the first."""
+        return self.top + self.scale * pixels
+
+
 def draw_word_maps(studies: Sequence[WordMaps], path: Path, title: str) -> Path:
     """Draw a row a study: the film with its report, then each word's map over it; written as PNG."""
     columns = 1 + max(len(study.words) for study in studies)
-    # by hand, in inches: the caption below a film is no part of its axes, which no automatic layout takes well
-    head, film, caption_height = 0.6, 2.3, 0.85
-    height = head + (film + caption_height) * len(studies)
-    figure = Figure(figsize=(film * columns, height))
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
-    axes = figure.subplots(len(studies), columns, squeeze=False)
-    figure.subplots_adjust(0.005, caption_height / height, 0.995, 1 - head / height, 0.03, caption_height / film)
-    for row, study in zip(axes, studies, strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        row[0].imshow(study.image, cmap="gray", vmin=0, vmax=1)
+    sheet = Sheet(len(studies), columns, title, caption=0.85, film=2.3)
+    for row, study in enumerate(studies):
         caption = "\n".join(textwrap.wrap(study.report, 42)[:6])
-        row[0].text(0.0, -0.03, caption, transform=row[0].transAxes, va="top", fontsize=6)
-        height, width = study.image.shape
-        for axis, word, values in zip(row[1:], study.words, study.maps, strict=False):
-            axis.imshow(study.image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-            axis.imshow(values, cmap="inferno", alpha=0.5, interpolation="bicubic", extent=(0, width, height, 0))
-            axis.set_title(word, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+        frame = sheet.place(row, 0, study.image.shape, "", caption)
+        sheet.show(frame, study.image, cmap="gray", vmin=0, vmax=1)
+        for column, (word, values) in enumerate(zip(study.words, study.maps, strict=False), 1):
+            frame = sheet.place(row, column, study.image.shape, word, "")
+            sheet.show(frame, study.image, cmap="gray", vmin=0, vmax=1)
+            sheet.show(frame, values, study.image.shape, cmap="inferno", alpha=0.5, interpolation="bicubic")
+    return sheet.write(path)
 
 
 def informative(words: Sequence[str], maps: np.ndarray, usable: Sequence[bool], count: int) -> list[int]:
@@ -104,42 +156,36 @@ def draw_cases(rows: Sequence[tuple[str, Sequence[Case]]], path: Path, title: st
     """Draw a grid of films, a titled row each: truth in green, prediction in orange; written as PNG."""
     rows = [(name, cases) for name, cases in rows if cases]
     columns = max((len(cases) for _, cases in rows), default=1)
-    head, film, caption_height = 0.7, 2.0, 0.75
-    height = head + (film + caption_height) * max(1, len(rows))
-    figure = Figure(figsize=(max(6.0, film * columns), height))
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
-    axes = figure.subplots(max(1, len(rows)), columns, squeeze=False)
-    figure.subplots_adjust(0.005, caption_height / height, 0.995, 1 - head / height, 0.03, caption_height / film)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for line, (name, cases) in zip(axes, rows, strict=False):
-        for place, (axis, case) in enumerate(zip(line, cases, strict=False)):
-            axis.imshow(case.image, cmap="gray", vmin=0, vmax=255)
-            if case.heat is not None:
-                axis.imshow(case.heat, cmap="inferno", alpha=0.45)
-            if case.point is not None:
-                axis.plot(*case.point, "+", color=PREDICTION, markersize=9, markeredgewidth=2)
-            for mask, colour in ((case.truth, TRUTH), (case.predicted, PREDICTION)):
-                if mask is not None and mask.any():
-                    axis.contour(mask.astype(float), [0.5], colors=[colour], linewidths=1.2)
-            _draw_boxes(axis, case)
-            axis.set_title(name if place == 0 else "", fontsize=8, loc="left")
-            axis.text(0.0, -0.03, case.caption, transform=axis.transAxes, va="top", fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    sheet = Sheet(len(rows), columns, title, caption=0.75, film=2.0, least=6.0)
+    for row, (name, cases) in enumerate(rows):
+        for column, case in enumerate(cases):
+            frame = sheet.place(row, column, case.image.shape, name if column == 0 else "", case.caption)
+            _draw_case(sheet, frame, case)
+    return sheet.write(path)
 
 
-def _draw_boxes(axis, case: Case) -> None:
+def _draw_case(sheet: Sheet, frame: Frame, case: Case) -> None:
     from matplotlib.patches import Rectangle
 
+    axes = sheet.axes
+    sheet.show(frame, case.image, cmap="gray", vmin=0, vmax=255)
+    if case.heat is not None:
+        sheet.show(frame, case.heat, case.image.shape, cmap="inferno", alpha=0.45)
+    if case.point is not None:
+        x, y = case.point
+        axes.plot(frame.x(x + 0.5), frame.y(y + 0.5), "+", color=PREDICTION, markersize=9, markeredgewidth=2)
+    for mask, colour in ((case.truth, TRUTH), (case.predicted, PREDICTION)):
+        if mask is not None and mask.any():
+            height, width = mask.shape
+            at = frame.x(np.arange(width) + 0.5), frame.y(np.arange(height) + 0.5)
+            axes.contour(*at, mask.astype(float), [0.5], colors=[colour], linewidths=1.2)
     for boxes, colour in ((case.truth_boxes, TRUTH), (case.predicted_boxes, PREDICTION)):
         for x, y, w, h in boxes if boxes is not None else ():
-            axis.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=1.2))
+            size = {"width": frame.scale * w, "height": frame.scale * h}
+            axes.add_patch(Rectangle((frame.x(x), frame.y(y)), **size, fill=False, edgecolor=colour, linewidth=1.2))
     if case.predicted_boxes is not None and case.scores is not None:
         for (x, y, *_), score in zip(case.predicted_boxes, case.scores, strict=True):
-            axis.text(x, y, f"{score:.2f}", fontsize=6, color=PREDICTION, va="bottom")
+            axes.text(frame.x(x), frame.y(y), f"{score:.2f}", fontsize=6, color=PREDICTION, va="bottom")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The command: light verbs stay light, configurations are found by name, mistakes are one line and exit code 2."""
 
+import importlib
 import sqlite3
 import subprocess
 import sys
@@ -155,6 +156,22 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, workdir, argv, line):
         assert line in message[0]
     assert not (workdir / "runs").exists()
     assert not (workdir / "datasets").exists()
+
+
+def test_two_classes_of_one_name_are_told_apart(capsys, workdir, monkeypatch):
+    monkeypatch.syspath_prepend(workdir)
+    for name in ("our_tasks", "your_tasks"):
+        (workdir / f"{name}.py").write_text(
+            "from sista_pl.pretrain import PretrainTask\nclass Twofold(PretrainTask):\n    pass\n"
+        )
+        importlib.import_module(name)
+    command = ["fit", "--config", "pretrain.yaml", "--print_config", "--model"]
+    code, _, err = run(capsys, *command, "Twofold")
+    assert (code, err.strip()) == (
+        2, "sista: configuration: more than one class is called Twofold in 'model'; say which: "
+        "our_tasks.Twofold, your_tasks.Twofold",
+    )  # fmt: skip
+    assert run(capsys, *command, "your_tasks.Twofold")[0] == 0
 
 
 def test_broken_yaml_and_unknown_keys_in_files(capsys, workdir):

@@ -88,6 +88,8 @@ def explain(message: str) -> str:
         if near == [last]:  # known, but not of the class that is chosen where it stands
             told = "it is of another class; put --config before the options, and see `sista fit --model.help CLASS`"
         return f"configuration: unknown key {match[1]!r}{_in(key)}; {told}"
+    if match := re.search(r"Multiple subclasses with name (\w+)\..*?: ([\w., ]+)\.", message):
+        return f"configuration: more than one class is called {match[1]}{_in(key)}; say which: {match[2]}"
     if match := re.search(r"Expected a dot import path string: ([\w.]+)", message) or re.search(
         r"(?:No module named|Import path|class_path:?) ['\"]?([\w.]+)", message
     ):

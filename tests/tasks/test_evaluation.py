@@ -8,7 +8,7 @@ from sista_pl.testing import CHECKS, check_task
 pytestmark = pytest.mark.slow
 
 
-class SwallowsNaN(RetrievalTask):
+class ScoresNaN(RetrievalTask):
     def outputs(self, batch):
         return {name: values.nan_to_num() for name, values in super().outputs(batch).items()}
 
@@ -27,7 +27,7 @@ def test_our_own_evaluations_pass(name, pretrained):
 @pytest.mark.parametrize(
     ("task", "check", "text"),
     [
-        (SwallowsNaN, "nan", "end with exit code 0, not with one line and 2"),
+        (ScoresNaN, "nan", "end with exit code 0, not with one line and 2"),
         (Learns, "frozen", "joint.image_head.pooled.inner.weight has changed in a test"),
     ],
 )

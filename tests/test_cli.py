@@ -116,6 +116,17 @@ def test_the_command_line_wins_over_interpolation(capsys, workdir):
 
 
 @pytest.mark.parametrize(
+    "verb", ["data phantom --out x", "data doctor x", "data similarity x", "compare a=b", "report x"]
+)
+@pytest.mark.parametrize("seed", ["-1", "one"])
+def test_a_seed_is_a_whole_number_from_0_on(verb, seed, capsys, workdir):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--seed", seed])
+    assert stop.value.code == 2
+    assert f"argument --seed: {seed} is no whole number from 0 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("argv", "line"),
     [
         (["fitt"], "unknown verb 'fitt'; did you mean fit?"),
@@ -125,6 +136,8 @@ def test_the_command_line_wins_over_interpolation(capsys, workdir):
         (["fit", "--config", "pretrain.yaml", "--data.batchsize", "4"], "did you mean batch_size?"),
         (["fit", "--config", "pretrain.yaml", "--model.lr", "fast"], "fast"),
         (["fit", "--config", "pretrain.yaml", "--model", "PretrainTusk"], "did you mean PretrainTask?"),
+        (["fit", "--config", "pretrain.yaml", "--trainer.logger", "CVSLogger"], "did you mean CSVLogger?"),
+        (["fit", "--config", "pretrain.yaml", "--trainer.callbacks+=EarlyStoping"], "did you mean EarlyStopping?"),
         (["fit", "--config", "pretrain.yaml", "--data.batch_size", "1"], "a contrast needs at least 2 pairs"),
         (["fit", "--config", "pretrain.yaml", "--model.losses", "{a: {name: clipp}}"], "did you mean clip?"),
         (["fit", "--config", "pretrain.yaml", "--model.losses", "{}"], "no losses"),

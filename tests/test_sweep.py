@@ -11,6 +11,7 @@ from sista_pl import packaged
 from sista_pl.book import Book, mixed
 from sista_pl.errors import SistaError
 from sista_pl.sweep import Cell, read_sweep
+from sista_pl.tuning import Tuning
 
 SWEEP = """
 pretrain: {config: pretrain.yaml, options: {trainer.max_epochs: 2, data.phantom: {studies: 60, seed: 0}}}
@@ -269,6 +270,15 @@ def test_every_method_is_tuned_with_the_same_budget_and_never_on_a_test_set(file
     assert sweep.needs(Cell("random", 7, "siim", 0.1)) == []
     for share in ([c for c in sweep.cells((i, 3))] for i in range(3)):  # each task of an array job has all it needs
         assert all(needed in share[: share.index(cell)] for cell in share for needed in sweep.needs(cell))
+
+
+def test_without_a_task_the_first_that_is_fitted_decides(file):
+    file.write_text(
+        SWEEP.replace("tasks:", "tasks:\n  words: {config: zeroshot_chexpert.yaml, fits: false}").replace(
+            "seeds:", TUNE.replace(", task: siim", "")
+        )
+    )
+    assert read_sweep(str(file)).tune == Tuning({"model.lr": [0.1, 0.2], "data.batch_size": [8, 16]}, "chexpert", 0.01)
 
 
 def test_the_setting_of_the_highest_validation_figure_is_for_all_seeds(file, tmp_path):

@@ -15,8 +15,9 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, set_parsing_settings
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -93,7 +94,7 @@ def explain(message: str) -> str:
     if match := re.search(r"Expected a dot import path string: ([\w.]+)", message) or re.search(
         r"(?:No module named|Import path|class_path:?) ['\"]?([\w.]+)", message
     ):
-        known = did_you_mean(match[1].rsplit(".", 1)[-1], _classes())
+        known = did_you_mean(match[1].rsplit(".", 1)[-1], _classes(key))
         return f"configuration: unknown class {match[1]!r}{_in(key)}; {known}"
     detail = lines[-1] if lines else "can't be parsed"
     first = lines[0] if lines else ""
@@ -116,9 +117,13 @@ def _subclasses(*bases: type) -> list[Any]:
     return found
 
 
-def _classes() -> list[str]:
-    names = [cls.__name__ for cls in _subclasses(BaseTask, BaseDataModule)]
-    return [name for name in names if not name.startswith("Base")]
+def _classes(key: str | None) -> list[str]:
+    """Return the names of the classes that can stand under a key, those of tasks and data where it is none of these."""
+    bases: dict[str | None, type] = {
+        "model": BaseTask, "data": BaseDataModule, "trainer.logger": Logger, "trainer.callbacks": Callback,
+    }  # fmt: skip
+    found = _subclasses(*([bases[key]] if key in bases else (BaseTask, BaseDataModule)))
+    return [cls.__name__ for cls in found if not cls.__name__.startswith(("Base", "_")) and not inspect.isabstract(cls)]
 
 
 def _keys() -> set[str]:

@@ -292,7 +292,7 @@ def _tune(given: Any, tasks: Mapping[str, Part], shares: list[float], where: str
     options = given.get("options")
     if not isinstance(options, dict) or not options or not all(isinstance(v, list) and v for v in options.values()):
         raise SistaError(f"{where}: options is {options!r}; give values to try, as {{model.lr: [0.0005, 0.001]}}")
-    task = str(given.get("task"))
+    task = str(given.get("task") or next((name for name, part in tasks.items() if part.fits), None))
     if task not in tasks or not tasks[task].fits:
         near = did_you_mean(task, [name for name, part in tasks.items() if part.fits])
         raise SistaError(f"{where}: task is {task!r}; give one that is fitted, {near}")

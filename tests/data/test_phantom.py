@@ -185,6 +185,8 @@ def test_an_existing_phantom_is_kept_and_anything_else_refused(root, tmp_path):
             write_phantom("mimic_cxr", out, studies=1)
     with pytest.raises(SistaError, match="studies=0"):
         write_phantom("mimic_cxr", tmp_path / "none", 0)
+    with pytest.raises(SistaError, match=r"seed=-1; give 1, 32, 0 and 0 or more"):
+        write_phantom("mimic_cxr", tmp_path / "none", 1, seed=-1)
     assert [f.name for f in tmp_path.iterdir()] == ["mine"]
 
 

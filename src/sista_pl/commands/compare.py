@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sista_pl.atomic import writing
+from sista_pl.commands.options import natural
 from sista_pl.errors import SistaError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", metavar="NAME", help="the method to differ from (default: the first)")
     parser.add_argument("--draws", type=int, default=2000, metavar="N", help="resamples (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the resampling (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="(default: %(default)s)")
     return parser
 

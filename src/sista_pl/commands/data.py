@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from sista_pl.commands.options import natural
+
 _EPILOG = """\
 From nothing to a store, without any data of your own:
   sista data phantom --out raw/phantom --studies 500
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument(
         "--reports", type=Path, metavar="FILE", help="take the words of real reports and draw what their MeSH tags say"
     )
-    phantom.add_argument("--seed", type=int, default=0, help="another seed, other studies (default: %(default)s)")
+    phantom.add_argument("--seed", type=natural, default=0, help="another seed, other studies (default: %(default)s)")
     phantom.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
     phantom.add_argument("--workers", type=int, default=0, help="parallel workers (default: %(default)s)")
     phantom.set_defaults(run=_phantom)

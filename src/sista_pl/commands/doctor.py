@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sista_pl.commands.options import natural
 from sista_pl.errors import SistaError
 
 _HELP = """\
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.json: count tokens instead of an estimate"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the images drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the images drawn (default: %(default)s)")
     parser.add_argument("--show-ids", action="store_true", help="show the ids of images instead of hashes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: <store>-doctor beside it)")
     return parser

@@ -1,12 +1,24 @@
-"""`--option KEY=VALUE`: arguments of a reader, typed on a command line."""
+"""Arguments of more than one command: `--option KEY=VALUE` of a reader, `--seed`."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import yaml
 
 from sista_pl.errors import SistaError
+
+
+def natural(text: str) -> int:
+    """Return the whole number from 0 on, as a seed has to be; for argparse's `type`.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
+    return int(text)
 
 
 def parse(options: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sista_pl.commands.options import natural
 from sista_pl.errors import SistaError
 
 _HELP = """\
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="folder of a sweep, as sweeps/smoke")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="(default: report.html in the folder)")
     parser.add_argument("--draws", type=int, default=2000, metavar="N", help="resamples (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the resampling (default: %(default)s)")
     parser.add_argument("--no-words", action="store_true", help="leave the word maps out, which encode images")
     return parser
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sista_pl.commands.options import natural
 from sista_pl.data.findings import KINDS, extract_findings, tagged_kinds
 from sista_pl.data.similarity import EQUAL, SOURCES, fit_similarity
 from sista_pl.errors import SistaError, did_you_mean
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sources", default="findings,tfidf", help="comma-separated (default: %(default)s)")
     parser.add_argument("--model", help="local folder or hub name of the encoder, for the source frozen_text")
-    parser.add_argument("--seed", type=int, default=0, help="of the SVD and of the samples (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the SVD and of the samples (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures there too")
     return parser
 

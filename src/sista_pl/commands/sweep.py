@@ -48,7 +48,8 @@ The file:
   reference: clip
 
 Where there is `tune`, each method is pre-trained with each of the values, with the first seed, and the validation
-figure of the task decides; test sets are not looked at, and tuning.csv says what was tried.
+figure of the task decides (left out: the first that is fitted, its smallest fraction); test sets are not looked at,
+and tuning.csv says what was tried.
 
 The folder then holds cells.csv (a line a cell, what `sista compare --table` reads), figures.csv (each figure of each
 test with its interval, and the hash of the code that made it), compare.md, report.html (all of it on one page), and

@@ -234,8 +234,8 @@ def write_phantom(
     if studies is None:
         raise SistaError("phantom: no number of studies; give studies, 4000 for example")
     if studies < 1 or size < 32 or workers < 0 or seed < 0:
-        told = f"studies={studies} size={size} workers={workers} seed={seed}"
-        raise SistaError(f"phantom: {told}; give 1, 32, 0 and 0 or more")
+        given = f"studies={studies} size={size} workers={workers} seed={seed}"
+        raise SistaError(f"phantom: {given}; give 1, 32, 0 and 0 or more")
     told: dict[str, Any] = {"notice": REAL_NOTICE if real else NOTICE, "version": PHANTOM_VERSION}
     told |= {"generator": generator_hash(form), "layout": layout, "seed": seed, "studies": studies, "size": size}
     if real is not None:

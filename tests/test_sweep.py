@@ -54,7 +54,8 @@ ADDITIONS = {
     "benchmark/phantom.yaml": ["with_peers", "with_controls", "phantom_decoders"],
     "benchmark/reports.yaml": ["with_peers", "with_controls", "reports_decoders"],
 }
-ADDED = {f"benchmark/{name}.yaml" for names in ADDITIONS.values() for name in names}
+TUNED = "benchmark/with_tuning.yaml"
+ADDED = {f"benchmark/{name}.yaml" for names in ADDITIONS.values() for name in names} | {TUNED}
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ADDED])
@@ -69,6 +70,18 @@ def test_every_packaged_sweep_can_be_read_with_what_adds_to_it(name, tmp_path, m
     assert set(alone.cells()) <= set(sweep.cells())
     without = [cell for cell in alone.cells() if cell.task is None]
     assert [sweep.commands(cell, tmp_path) for cell in without] == [alone.commands(cell, tmp_path) for cell in without]
+
+
+@pytest.mark.parametrize("name", list(ADDITIONS))
+def test_every_method_of_a_benchmark_can_be_tuned(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SISTA_REPORTS", "reports.csv")
+    sweep = read_sweep(name, *(f"benchmark/{addition}.yaml" for addition in ADDITIONS[name]), TUNED)
+    for method in sweep.methods:
+        tried = [cell for cell in sweep.cells() if cell.method == method and cell.setting is not None]
+        assert len(tried) == (0 if method == "random" else 2 * 4)  # a pre-training and a task, four rates
+        assert {cell.fraction for cell in tried if cell.task is not None} <= {0.01}
+        for cell in [cell for cell in tried if cell.task is None]:
+            assert [command[0] for command in sweep.commands(cell, tmp_path)] == ["fit"]
 
 
 def test_a_further_file_adds_methods_and_says_values_anew(file, tmp_path):

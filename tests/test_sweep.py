@@ -1,6 +1,7 @@
 """A sweep's file, its cells and what it remembers of them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -201,6 +202,20 @@ def test_a_cell_that_was_stopped_does_not_go_on_by_other_commands(file, tmp_path
     file.write_text(SWEEP)
     with pytest.raises(SistaError, match=r"clip-0 in .* was made by another command \(0.5 there, 0.002 now\)"):
         book.begin(read_sweep(str(file)), cell)
+
+
+def test_the_time_of_a_cell_is_that_of_all_its_sittings_as_far_as_they_were_kept(file, tmp_path):
+    sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("clip", 0)
+    last = book.runs / "clip-0/0001/checkpoints/last.ckpt"
+    last.parent.mkdir(parents=True)
+    for kept in (100, 20):
+        book.begin(sweep, cell)
+        last.touch()
+        begun = (book.root / "begun" / "clip-0.json").stat().st_mtime
+        os.utime(last, (begun + kept, begun + kept))
+    book.begin(sweep, cell)
+    book.finish(sweep, cell, 3.0)
+    assert json.loads(book.mark(cell).read_text())["seconds"] == pytest.approx(123, abs=0.2)
 
 
 def test_a_cell_whose_run_was_removed_is_made_again(file, tmp_path):

@@ -67,12 +67,18 @@ class Book:
         Raises:
             SistaError: what was stopped was begun by other commands.
         """
-        mark = self.root / "begun" / f"{cell.name}.json"
+        mark, seconds = self._begun(cell), 0.0
         stopped = runs.has_checkpoint(self.runs, cell.name, "last")
         if stopped and mark.is_file():
             self._same(mark, sweep, cell)
-        self._write(mark, {"commands": self.recorded(sweep, cell)})
+            kept = runs.find_checkpoint(self.runs, cell.name, "last").stat().st_mtime - mark.stat().st_mtime
+            seconds = json.loads(mark.read_text()).get("seconds", 0.0) + max(0.0, kept)
+        self._write(mark, {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)})
         return stopped
+
+    def _begun(self, cell: Cell) -> Path:
+        """Return the mark that a cell is begun: its commands, and the seconds of what was kept before that."""
+        return self.root / "begun" / f"{cell.name}.json"
 
     def _same(self, mark: Path, sweep: Sweep, cell: Cell) -> None:
         made, wanted = json.loads(mark.read_text())["commands"], self.recorded(sweep, cell)
@@ -95,7 +101,9 @@ class Book:
         ]
 
     def finish(self, sweep: Sweep, cell: Cell, seconds: float) -> None:
-        """Mark a cell as done."""
+        """Mark a cell as done, `seconds` after it was begun or went on."""
+        if self._begun(cell).is_file():
+            seconds += json.loads(self._begun(cell).read_text()).get("seconds", 0.0)
         self._write(self.mark(cell), {"commands": self.recorded(sweep, cell), "seconds": round(seconds, 1)})
 
     def _write(self, mark: Path, told: dict[str, Any]) -> None:

@@ -90,6 +90,26 @@ def test_bytes_do_not_depend_on_workers_and_a_larger_phantom_begins_with_the_sma
     assert pictures.items() <= one.items()
 
 
+def test_more_contrast_changes_the_films_with_lesions_alone(root, tmp_path):
+    more = write_phantom("mimic_cxr", tmp_path / "more", 60, seed=1, size=SIZE, workers=1, progress=False, contrast=2.5)
+    plain, strong = (pd.read_parquet(folder / "phantom/truth.parquet") for folder in (root, more))
+    assert plain["drawn"].tolist() == strong["drawn"].tolist()
+    before, after = files(root), files(more)
+    changed = {name.rpartition("/")[2][:-4] for name in before if name.endswith(".jpg") and before[name] != after[name]}
+    lesions = {"opacity", "pneumonia", "consolidation", "nodule", "mass", "effusion", "edema", "atelectasis"}
+    for row in plain.itertuples():
+        study = json.loads(row.drawn)
+        found = {finding["kind"] for finding in study["findings"]}
+        assert row.image_id in changed or not found & lesions
+        dotted = {study["patient"]["granuloma"], study["patient"]["hilar_nodes"]} != {"none"}
+        assert row.image_id not in changed or found or dotted
+    assert 10 < len(changed) < 50
+    with pytest.raises(SistaError, match=r"another phantom \(contrast 2.5\)"):
+        write_phantom("mimic_cxr", more, 60, seed=1, size=SIZE, workers=1, progress=False)
+    with pytest.raises(SistaError, match="contrast=0; give a factor over 0"):
+        write_phantom("mimic_cxr", tmp_path / "none", 60, contrast=0)
+
+
 def test_layout_is_that_of_mimic_cxr_jpg(root):
     names = (root / "IMAGE_FILENAMES").read_text().split("\n")[:-1]
     assert all(re.fullmatch(r"files/p1\d/p1\d{7}/s5\d{7}/([0-9a-f]{8}-){4}[0-9a-f]{8}\.jpg", name) for name in names)

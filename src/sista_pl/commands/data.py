@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     phantom.add_argument("--seed", type=natural, default=0, help="another seed, other studies (default: %(default)s)")
     phantom.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
+    phantom.add_argument("--contrast", type=float, default=1.0, help="factor on that of lesions, where films are small "
+                         "(default: %(default)s)")  # fmt: skip
     phantom.add_argument("--workers", type=int, default=0, help="parallel workers (default: %(default)s)")
     phantom.set_defaults(run=_phantom)
 
@@ -120,8 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _phantom(
-    layout: str, out: Path, studies: int | None, seed: int, size: int, workers: int, reports: Path | None
-) -> None:
+    layout: str, out: Path, studies: int | None, seed: int, size: int, workers: int, reports: Path | None,
+    contrast: float,
+) -> None:  # fmt: skip
     from sista_pl.data.phantom import read_real_reports, write_phantom
 
     real = None
@@ -129,7 +132,7 @@ def _phantom(
         real = read_real_reports(reports)
         studies = len(real.reports) if studies is None else studies
     studies = 500 if studies is None else studies
-    write_phantom(layout, out, studies, seed, size, workers, reports=real)
+    write_phantom(layout, out, studies, seed, size, workers, reports=real, contrast=contrast)
     if real is not None:
         drawn, missing = real.coverage(studies)
         others = ", ".join(f"{name} {count}" for name, count in missing.most_common(5)) or "none"

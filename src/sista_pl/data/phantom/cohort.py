@@ -202,6 +202,7 @@ def write_phantom(
     workers: int = 0,
     progress: bool = True,
     reports: str | Path | RealReports | None = None,
+    contrast: float = 1.0,
 ) -> Path:
     """Draw a phantom in the layout of a release, with the truth (`phantom/truth.parquet`).
 
@@ -218,6 +219,8 @@ def write_phantom(
         progress: show a bar on standard error.
         reports: a CSV of real reports with their MeSH tags, or a folder of Open-i. Study i gets the words of report i,
             a film drawn from its tags (`mesh.py`), and a patient of its own; other layouts get the films alone.
+        contrast: factor on that of every lesion, over 0 and at most 4: what a small film is to show has to be drawn
+            stronger.
 
     Raises:
         SistaError: `root` holds something else, an unknown layout, the numbers make no sense, or there are fewer
@@ -236,8 +239,12 @@ def write_phantom(
     if studies < 1 or size < 32 or workers < 0 or seed < 0:
         given = f"studies={studies} size={size} workers={workers} seed={seed}"
         raise SistaError(f"phantom: {given}; give 1, 32, 0 and 0 or more")
+    if not 0 < contrast <= 4:
+        raise SistaError(f"phantom: contrast={contrast}; give a factor over 0, at most 4")
+    form = replace(form, contrast=form.contrast * contrast)
     told: dict[str, Any] = {"notice": REAL_NOTICE if real else NOTICE, "version": PHANTOM_VERSION}
     told |= {"generator": generator_hash(form), "layout": layout, "seed": seed, "studies": studies, "size": size}
+    told |= {"contrast": contrast} if contrast != 1 else {}
     if real is not None:
         told["reports"] = real.sha256
     # A name of its own for each process: two that start together do not write into one folder.

@@ -48,6 +48,11 @@ def test_it_lies_on_its_pixels(colour, shown, height, width, tmp_path):
         assert np.abs(found - area).max() <= 3.5  # a line has a width
 
 
+def test_a_report_with_dollars_is_no_formula(tmp_path):
+    study = WordMaps(np.zeros((8, 8)), r"coins of $5 and \frac{ of $6", ["$x_{$"], [np.zeros((2, 2))])
+    assert draw_word_maps([study], tmp_path / "words.png", "title").is_file()
+
+
 def test_a_map_fills_its_film(tmp_path):
     """A map of one bright row of patches: it is brighter there, and of the film's width and height."""
     values = np.zeros((4, 4))

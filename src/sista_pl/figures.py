@@ -62,8 +62,9 @@ class Sheet:
         scale = side / max(shape)
         left = column * self.film + (self.film - scale * shape[1]) / 2
         top = self.head + row * self.row + (side - scale * shape[0]) / 2
-        self.axes.text(left, top - 0.05, title, va="bottom", fontsize=8)
-        self.axes.text(left, top + scale * shape[0] + 0.04, caption, va="top", fontsize=6.5)
+        below = top + scale * shape[0] + 0.04
+        self.axes.text(left, top - 0.05, title, va="bottom", fontsize=8, parse_math=False)  # reports may have a $
+        self.axes.text(left, below, caption, va="top", fontsize=6.5, parse_math=False)
         return Frame(left, top, scale)
 
     def show(self, frame: Frame, image: np.ndarray, of: Sequence[int] | None = None, **style: Any) -> None:

@@ -42,7 +42,8 @@ def draw_nearest(task: RetrievalTask, found: Predicted, family: RetrievalFigures
             f"{number}. cosine {scores[place, near]:.2f}{_equal(texts[near], texts[place])}: {_short(texts[near])}"
             for number, near in enumerate(nearest[place], 1)
         ]
-        words.text(0, 0.98, "\n".join(textwrap.fill(line, 118) for line in lines), va="top", fontsize=7)
+        told = "\n".join(textwrap.fill(line, 118) for line in lines)
+        words.text(0, 0.98, told, va="top", fontsize=7, parse_math=False)  # reports may have a $
         for axis in (film, words):
             axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def test_the_peak_is_that_of_a_chunk():
     one, cached = build(CLIP, None), build(CLIP, chunk)
     gradients = [parameter.numel() * parameter.element_size() for parameter in one.parameters()]
     small = peak(one, chunk)
-    assert peak(one, many) > 5 * small
+    assert peak(one, many) > 4 * small
     assert peak(cached, many) < 1.1 * small + sum(gradients) + max(gradients) + 12 * many * 16 * 4
     # the token loss looks at the patches and words of the whole batch, which are kept
     assert peak(build(LOSSES, chunk), many) < peak(build(LOSSES, None), many) / 3

@@ -46,6 +46,24 @@ def test_batch_pads_to_the_longest_and_equals_one_by_one(encoder):
         assert not batch.mask[row, words:].any()
 
 
+def test_parts_of_like_length_equal_the_batch_as_one(encoder):
+    texts = ["Heart.", "No effusion. " * 7, "The heart is enlarged.", *CORPUS[:3], "Clear.", "Lungs are clear. " * 4]
+    batch = encoder.tokenize(texts).batch(range(len(texts)))
+    whole = encoder.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    shapes = []
+    hook = encoder.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = encoder(batch)
+    hook.remove()
+    real = batch["attention_mask"].unsqueeze(-1)
+    assert torch.allclose(found.pooled, (whole * real).sum(1) / real.sum(1), atol=1e-5)
+    expected = sum_words(whole, batch["word_index"], batch["word_ids"].shape[1])
+    assert torch.allclose(found.local, expected, atol=1e-5)
+    assert [rows for rows, _ in shapes] == [2, 2, 2, 2]
+    assert sum(rows * length for rows, length in shapes) < 0.7 * batch["input_ids"].numel(), "less padding"
+
+
 def test_sum_words_equals_a_loop():
     torch.manual_seed(0)
     hidden = torch.randn(2, 6, 3)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sista_pl.errors import SistaError
 from sista_pl.models.attention import run_once, watching
@@ -22,6 +23,7 @@ from sista_pl.models.tokens import TokenTable, tokenize
 from sista_pl.pair import Features
 from sista_pl.registry import Registry
 
+PARTS = 4  # of a batch of reports: more save little padding and make the matrices small
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -105,7 +107,7 @@ class TextEncoder(nn.Module):
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         place, length = tokens["word_index"], tokens["word_ids"].shape[1]
         with watching(self.needs_attention) as watched:
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = self._hidden(ids, mask)
         attention = None
         if watched is not None:
             weights = watched.weights(f"text encoder {self.model.config.model_type!r}", ids.shape[1])  # B T
@@ -117,6 +119,22 @@ class TextEncoder(nn.Module):
             pooled = (hidden * real).sum(1) / real.sum(1).clamp_min(1)
         words = tokens["word_ids"]
         return Features(pooled, sum_words(hidden, place, length), words != 0, words, attention)
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Run the model over a batch in parts of like length, each as long as its own longest report: (B, T, D).
+
+        Padding is computed like words; a batch as long as its longest report is mostly padding.
+        """
+        if self.needs_attention or torch.compiler.is_compiling():  # whose weights, and whose graph, are of one call
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)  # after the last real token
+        order = ends.argsort()
+        found = []
+        for rows in order.chunk(PARTS):
+            end = int(ends[rows[-1]])
+            hidden = self.model(input_ids=ids[rows, :end], attention_mask=mask[rows, :end]).last_hidden_state
+            found.append(pad(hidden, (0, 0, 0, mask.shape[1] - end)))
+        return torch.cat(found)[order.argsort()]
 
     def get_extra_state(self) -> Tensor:
         state = {

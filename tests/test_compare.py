@@ -110,6 +110,30 @@ def test_the_paired_bootstrap_equals_loops_over_literally_repeated_patients(four
     assert (found.reference, found.comparisons, found.notes) == ("clip", 1, [])
 
 
+def test_a_seed_is_the_mean_over_its_subsets(write):
+    """Five runs of `b`: two seeds, one with two subsets and one with three."""
+    facts = [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1"), ("1", "2")]
+    runs = [write("a", predictions(n), seed=str(n)) for n in range(2)]
+    runs += [write("b", predictions(5 + n, 0.4), seed=seed, subset=subset) for n, (seed, subset) in enumerate(facts)]
+    tables = [pd.read_parquet(run.file) for run in runs]
+
+    def mean(rows):
+        b = [roc_auc_score(TRUTH[rows], table["score_Edema"].to_numpy()[rows]) for table in tables[2:]]
+        return ((b[0] + b[1]) / 2 + (b[2] + b[3] + b[4]) / 3) / 2, (b[0] + b[1]) / 2 - (b[2] + b[3] + b[4]) / 3
+
+    row = compare(load(runs), draws=200, seed=5).rows[1]
+    value, apart = mean(list(range(60)))
+    assert row["value"] == pytest.approx(value, abs=1e-11)
+    assert (row["seeds"], row["subsets"]) == (2, 2)
+    assert row["seed_sd"] == pytest.approx(abs(apart) / np.sqrt(2))
+    draws = [mean([i for name in names for i in range(60) if PATIENTS[i] == name])[0]
+             for names in drawn_patients(PATIENTS, 200, 5)]  # fmt: skip
+    freedom = slow_freedom([mean([i for i in range(60) if PATIENTS[i] != name])[0] for name in sorted(set(PATIENTS))])
+    t = stats.t.ppf(0.975, freedom) * np.sqrt((freedom + 1) / freedom)
+    ends = np.quantile(draws, [stats.norm.cdf(-t), stats.norm.cdf(t)])
+    assert (row["low"], row["high"]) == pytest.approx(ends, abs=1e-9)
+
+
 def test_the_order_of_rows_files_and_methods_changes_no_figure(four, write):
     expected = compare(load(four), "clip", draws=100)
     shuffled = [write(run.method, pd.read_parquet(run.file).sample(frac=1, random_state=n))
@@ -507,6 +531,8 @@ def test_a_table_of_cells_is_read(tmp_path):
         Run("NA", tmp_path / "r/p.parquet", "0", "cls", 0.1),
         Run("clip", tmp_path / "/q.csv", "007", "cls", None, "ece"),
     ]
+    table.write_text("method,task,fraction,seed,subset,predictions\na,cls,0.1,0,0,p.csv\na,cls,0.1,0,1,q.csv\n")
+    assert [(run.seed, run.subset) for run in read_runs(table)] == [("0", "0"), ("0", "1")]
 
 
 HEAD = "method,task,fraction,seed,predictions\n"

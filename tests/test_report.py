@@ -165,8 +165,8 @@ def gathered(root: Path) -> tuple[report.Contents, int]:
 def test_a_comparison_of_the_same_predictions_is_taken_as_it_is(half, capsys):
     fresh, all_steps = gathered(half)
     pd.DataFrame(
-        [(r.method, r.task, r.fraction, r.seed, r.file.relative_to(half)) for r in Swept.open(half).tested()],
-        columns=list(stored.COLUMNS),
+        [(r.method, r.task, r.fraction, r.seed, r.file.relative_to(half), r.subset) for r in Swept.open(half).tested()],
+        columns=[*stored.COLUMNS, "subset"],
     ).to_csv(half / "cells.csv", index=False)
     table = ["--table", str(half / "cells.csv"), "--out", str(half), "--reference", "clip"]
     compare_command([*table, "--draws", str(DRAWS)])
@@ -185,9 +185,9 @@ def test_a_comparison_of_anything_else_is_not_taken(half):
     assert kept(file, runs, "clip", 100, 0) is None  # there is none
     files = [
         {"method": run.method, "task": run.task, "fraction": run.fraction, "seed": run.seed,
-         "predictions": f"elsewhere/{run.file}"} for run in runs
+         "subset": run.subset, "predictions": f"elsewhere/{run.file}"} for run in runs
     ]  # fmt: skip
-    told = {"schema": 1, "reference": "clip", "draws": 100, "seed": 0, "comparisons": 0, "rows": [], "ranks": []}
+    told = {"schema": 2, "reference": "clip", "draws": 100, "seed": 0, "comparisons": 0, "rows": [], "ranks": []}
     file.write_text(json.dumps(told | {"notes": [], "files": files}))
     assert kept(file, runs, "clip", 100, 0) is not None  # a folder that was moved is the same
     for other in ((runs[1:], "clip", 100, 0), (runs, "sista", 100, 0), (runs, "clip", 99, 0), (runs, "clip", 100, 1)):

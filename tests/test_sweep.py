@@ -53,7 +53,7 @@ def finish(book: Book, sweep, cell: Cell, value: float = 0.5, code: str = "0a1b2
 BENCHMARKS = [name for name in packaged.names() if name.startswith("benchmark/")]
 ADDITIONS = {
     "benchmark/phantom.yaml": ["with_peers", "with_controls", "phantom_decoders"],
-    "benchmark/reports.yaml": ["with_peers", "with_controls", "reports_decoders"],
+    "benchmark/reports.yaml": ["with_peers", "with_controls", "reports_decoders", "reports_subsets"],
 }
 TUNED = "benchmark/with_tuning.yaml"
 ADDED = {f"benchmark/{name}.yaml" for names in ADDITIONS.values() for name in names} | {TUNED}
@@ -170,6 +170,24 @@ def test_a_task_takes_the_encoder_of_its_method_and_seed(file, tmp_path):
     assert "--model.weights" not in sweep.commands(Cell("random", 7, "siim", 0.1), book.runs)[0]
 
 
+def test_labels_of_a_fraction_may_be_drawn_several_times(file, tmp_path):
+    once, book = read_sweep(str(file)), Book(tmp_path / "out")
+    file.write_text(SWEEP.replace("siim: {config: seg_siim.yaml}", "siim: {config: seg_siim.yaml, subsets: {0.1: 3}}"))
+    sweep = read_sweep(str(file))
+    cells = [cell for cell in sweep.cells() if (cell.method, cell.seed, cell.task) == ("random", 7, "siim")]
+    assert [cell.name for cell in cells] == [
+        f"random-7-siim-{end}" for end in ("0.1", "0.1-1", "0.1-2", "1")
+    ]  # what was done before there were subsets stays done
+    assert [sweep.commands(cell, book.runs)[0][-1] for cell in cells] == ["7", "10007", "20007", "7"]
+    assert set(once.cells()) < set(sweep.cells())
+    assert len({sweep.commands(cell, book.runs)[0][-1] for cell in sweep.cells() if cell.method == "random"}) == 6
+    for cell in cells[:2]:
+        finish(book, sweep, cell)
+    assert book.write_table(sweep).read_text().splitlines()[1:] == [
+        f"random,siim,0.1,7,{k},runs/{cell.name}/0001/test/predictions.parquet" for k, cell in enumerate(cells[:2])
+    ]
+
+
 def test_a_finished_cell_is_not_made_again_and_not_taken_for_another(file, tmp_path):
     sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("random", 0, "siim", 1.0)
     assert not book.done(sweep, cell)
@@ -243,12 +261,12 @@ def test_the_tables(file, tmp_path):
     finish(book, sweep, Cell("clip", 0, "siim", 0.1), 0.75)
     path = book.write_table(sweep)
     assert path.read_text().splitlines() == [
-        "method,task,fraction,seed,predictions",
-        "clip,siim,0.1,0,runs/clip-0-siim-0.1/0001/test/predictions.parquet",
+        "method,task,fraction,seed,subset,predictions",
+        "clip,siim,0.1,0,0,runs/clip-0-siim-0.1/0001/test/predictions.parquet",
     ]
     told = (book.root / "figures.csv").read_text().splitlines()
-    assert told[1].startswith("clip,pretrain,,0,auroc_macro,0.25,0.15,0.35,")
-    assert told[2].startswith("clip,siim,0.1,0,auroc_macro,0.75,0.65,0.85,runs/")
+    assert told[1].startswith("clip,pretrain,,0,0,auroc_macro,0.25,0.15,0.35,")
+    assert told[2].startswith("clip,siim,0.1,0,0,auroc_macro,0.75,0.65,0.85,runs/")
     assert len(told) == 3
     assert all(line.endswith(",0a1b2c") for line in told[1:])
 
@@ -371,6 +389,11 @@ def test_a_loss_can_not_choose(file, tmp_path):
         ("method/clip.yaml", "[3]", r"methods: clip: config is \[3\]; give a file"),
         ("fractions: [0.01]", "fractions: [0.01], fits: false", "fits is False; give false, without fractions"),
         ("fractions: [0.01]", "fits: 1", "fits is 1"),
+        ("siim: {", "siim: {subsets: 10, ", r"siim: subsets is 10; give of a task"),
+        ("siim: {", "siim: {subsets: {1.0: 2}, ", r"subsets is \{1.0: 2\}; give of a task"),
+        ("siim: {", "siim: {subsets: {0.1: 0}, ", r"subsets is \{0.1: 0\}; give of a task"),
+        ("fractions: [0.01]", "fits: false, subsets: {0.1: 2}", "give of a task that is fitted"),
+        ("[0, 7]", "[0, 10000]", "give whole numbers under 10000"),
         ("[0, 7]", "[0, 0]", "give each once"),
         ("[0, 7]", "1", "seeds is 1"),
         ("reference: clip", "reference: clop", "unknown method 'clop'; did you mean clip"),

@@ -19,6 +19,7 @@ from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 from sista_pl.sweep import PRETRAIN, Cell, Sweep
 
+COLUMNS = ("method", "task", "fraction", "seed", "subset")  # of a cell
 PLACES = ("--run_root", "--model.weights")  # options of a cell's commands that name a place in the sweep's folder
 
 
@@ -112,7 +113,7 @@ class Book:
             partial.write_text(json.dumps(told, indent=2) + "\n")
 
     def table(self, sweep: Sweep) -> pd.DataFrame:
-        """Return a row for each cell and figure of its test: method, task, fraction, seed, metric, value, low, high.
+        """Return a row for each cell and figure of its test: `COLUMNS`, metric, value, low, high, predictions, code.
 
         `predictions` is the file, relative to the sweep's folder, that the figures of a task were computed on; `code`
         is the hash of the code that tested it, "" where the test was made before that was kept.
@@ -128,11 +129,12 @@ class Book:
                 low, high = figure["interval95"] or (None, None)
                 rows.append({
                     "method": cell.method, "task": cell.task or PRETRAIN, "fraction": cell.fraction, "seed": cell.seed,
-                    "metric": metric.removeprefix("test/"), "value": figure["value"], "low": low, "high": high,
+                    "subset": cell.subset, "metric": metric.removeprefix("test/"),
+                    "value": figure["value"], "low": low, "high": high,
                     "predictions": predictions.relative_to(self.root).as_posix() if predictions.is_file() else None,
                     "code": (told.get("versions") or {}).get("code", ""),
                 })  # fmt: skip
-        columns = ["method", "task", "fraction", "seed", "metric", "value", "low", "high", "predictions", "code"]
+        columns = [*COLUMNS, "metric", "value", "low", "high", "predictions", "code"]
         return pd.DataFrame(rows, columns=columns)
 
     def tuned(self, sweep: Sweep) -> pd.DataFrame:
@@ -154,7 +156,7 @@ class Book:
         Where there is something to tune, `tuning.csv` says what was tried, and what was chosen.
         """
         table = self.table(sweep)
-        tested = table.dropna(subset="predictions")[["method", "task", "fraction", "seed", "predictions"]]
+        tested = table.dropna(subset="predictions")[[*COLUMNS, "predictions"]]
         frames = [("figures.csv", table), ("cells.csv", tested.drop_duplicates())]
         frames += [("tuning.csv", self.tuned(sweep))] if sweep.tune is not None else []
         for name, frame in frames:
@@ -165,7 +167,7 @@ class Book:
 
 def mixed(figures: pd.DataFrame) -> str:
     """Return a line where the cells of `Book.table` were tested by code that differs, "" where by the same."""
-    counts = figures.drop_duplicates(["method", "task", "fraction", "seed"])["code"].value_counts()
+    counts = figures.drop_duplicates([*COLUMNS])["code"].value_counts()
     if len(counts) < 2:
         return ""
     told = ", ".join(f"{count} by {code or 'code before it was noted'}" for code, count in counts.items())

@@ -1,6 +1,6 @@
 """Methods against one another on stored predictions: paired differences, corrected p-values, average ranks.
 
-N images, B draws of the bootstrap, R runs (one method with one seed), M methods.
+N images, B draws of the bootstrap, R runs (one method, seed and subset of the labels), M methods.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOWER = ("ece", "i2t_median_rank", "t2i_median_rank")  # figures of which less i
 LEVEL, DRAWS = 0.95, 2000
 PAIRED = ("difference", "difference_low", "difference_high", "freedom", "p", "p_holm", "z", "d")
 HOW = {
-    "mean": "of the metric over the method's seeds",
+    "mean": "of the metric over the method's seeds, of each over its subsets of the labels",
     "resamples": "of whole patients (Efron & Tibshirani 1993), the same for all methods and seeds of a setting, and "
     "for all settings on the same patients",
     "t": "quantile of Student's distribution; its degrees of freedom are Satterthwaite's (1946) of the jackknife over "
@@ -45,9 +45,9 @@ class Comparison:
     """What was found.
 
     Args:
-        rows: one a setting and method: task, fraction, metric, method, seeds, images, patients, draws, value, low,
-            high, seed_sd, difference, difference_low, difference_high, freedom (degrees of it, of the difference), p,
-            p_holm, z, d, rank; NaN where there is none.
+        rows: one a setting and method: task, fraction, metric, method, seeds, subsets (of a seed, at least so many),
+            images, patients, draws, value, low, high, seed_sd, difference, difference_low, difference_high, freedom
+            (degrees of it, of the difference), p, p_holm, z, d, rank; NaN where there is none.
         ranks: one a method: method, rank, low, high, settings.
         reference: the method that the others are set against.
         draws: resamples asked for; a row's own number leaves out those in which the metric is not defined.
@@ -207,7 +207,7 @@ class Means:
 
     def __init__(self, setting: Setting, drawn: Drawn):
         def of(figures: np.ndarray) -> np.ndarray:
-            means = np.stack([figures[..., setting.of(method)].mean(-1) for method in setting.methods], -1)
+            means = np.stack([setting.by_seed(method, figures).mean(-1) for method in setting.methods], -1)
             return np.round(means, 12)  # equal predictions differ by the order of sums alone
 
         self.value, self.draws, self.left_out = of(drawn.figures), of(drawn.draws), of(drawn.left_out)
@@ -231,12 +231,13 @@ def _rows(setting: Setting, figures: np.ndarray, means: Means, reference: str) -
     base = setting.methods.index(reference) if reference in setting.methods else None
     rows = []
     for m, method in enumerate(setting.methods):
-        mine = figures[setting.of(method)]
+        mine = setting.by_seed(method, figures)
         freedom = degrees_of_freedom(means.left_out[:, m])
         low, high = mean_interval(means.defined[:, m], freedom)
         row: dict[str, Any] = {
             "task": setting.task, "fraction": setting.fraction, "metric": setting.metric, "method": method,
-            "seeds": len(mine), "images": len(setting.patients), "patients": len(set(setting.patients)),
+            "seeds": len(mine), "subsets": len(setting.of(method)) // len(mine),
+            "images": len(setting.patients), "patients": len(set(setting.patients)),
             "draws": len(means.defined), "value": float(means.value[m]), "low": low, "high": high,
             "seed_sd": float(mine.std(ddof=1)) if len(mine) > 1 else np.nan,
             **dict.fromkeys(PAIRED, np.nan), "rank": float(rank[m]),
@@ -246,7 +247,7 @@ def _rows(setting: Setting, figures: np.ndarray, means: Means, reference: str) -
             row["freedom"] = freedom = degrees_of_freedom(means.left_out[:, m] - means.left_out[:, base])
             found = paired(difference, means.defined[:, m] - means.defined[:, base], freedom)
             row |= dict(zip(("difference_low", "difference_high", "z", "p"), found, strict=True))
-            row["d"] = cohen(mine, figures[setting.of(reference)])
+            row["d"] = cohen(mine, setting.by_seed(reference, figures))
         rows.append(row)
     return rows
 

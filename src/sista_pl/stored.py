@@ -1,6 +1,6 @@
 """Stored predictions of several methods, read and checked to be comparable: the same images, the same truth.
 
-N images, R runs (one method with one seed).
+N images, R runs (one method with one seed and subset of the labels).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Run:
         task: runs of one task and fraction are one setting; "" where there is but one.
         fraction: share of the training labels, or None.
         metric: to compare by, or None for the family's.
+        subset: name of the draw of that share of the labels, of several with the seed; a run without is a seed.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Run:
     task: str = ""
     fraction: float | None = None
     metric: str | None = None
+    subset: str = ""
 
 
 @dataclass
@@ -98,6 +100,19 @@ class Setting:
     def of(self, method: str) -> list[int]:
         """Return the places of a method's runs."""
         return [place for place, run in enumerate(self.runs) if run.method == method]
+
+    def by_seed(self, method: str, figures: np.ndarray) -> np.ndarray:
+        """Return (…, S) a figure of each seed of a method, the mean over its subsets of the labels.
+
+        Args:
+            method: one of the setting's.
+            figures: (…, R) of the runs.
+        """
+        places: dict[object, list[int]] = {}
+        for place in self.of(method):
+            run = self.runs[place]
+            places.setdefault(run.seed if run.subset else place, []).append(place)
+        return np.stack([figures[..., mine].mean(-1) for mine in places.values()], -1)
 
 
 # --- which predictions -------------------------------------------------------------
@@ -145,7 +160,7 @@ def _predictions_of(path: Path, method: str) -> tuple[Path, str]:
 
 
 def read_runs(table: Path) -> list[Run]:
-    """Return the runs of a CSV of method, task, fraction, seed, predictions (relative to it), and maybe metric.
+    """Return the runs of a CSV of method, task, fraction, seed, predictions (relative to it), maybe subset and metric.
 
     Raises:
         SistaError: no such file, a column that is missing, a setting that is empty or given twice.
@@ -167,8 +182,8 @@ def read_runs(table: Path) -> list[Run]:
         except ValueError:
             raise SistaError(f"{table}: line {line}: fraction is {row['fraction']!r}; give a number") from None
         run = Run(row["method"], table.parent / row["predictions"], row["seed"], row["task"], fraction,
-                  row.get("metric") or None)  # fmt: skip
-        key = (run.method, run.task, run.fraction, run.seed)
+                  row.get("metric") or None, row.get("subset") or "")  # fmt: skip
+        key = (run.method, run.task, run.fraction, run.seed, run.subset)
         if key in lines:
             raise SistaError(f"{table}: lines {lines[key]} and {line} are the same setting and seed; keep one of them")
         lines[key] = line

@@ -21,7 +21,8 @@ from sista_pl.tuning import Tuning, best, validated
 
 PRETRAIN = "pretrain"
 KEYS = ("name", "pretrain", "methods", "tasks", "tune", "seeds", "fractions", "reference")
-PART_KEYS = ("config", "options", "fractions", "fits")
+PART_KEYS = ("config", "options", "fractions", "fits", "subsets")
+SUBSET_STEP = 10_000  # seeds are smaller
 TUNE_KEYS = ("options", "task", "fraction")
 
 
@@ -35,6 +36,7 @@ class Cell:
         task: name of the task in the sweep.
         fraction: share of the training labels, in [0, 1]; 0 of an evaluation, which fits nothing.
         setting: of the sweep's `tune`, where the cell is for choosing one; it is not tested.
+        subset: which draw of that share of the labels.
     """
 
     method: str
@@ -42,16 +44,23 @@ class Cell:
     task: str | None = None
     fraction: float | None = None
     setting: int | None = None
+    subset: int = 0
 
     @property
     def name(self) -> str:
         task = "" if self.task is None else f"-{self.task}-{self.fraction:g}"
+        task += f"-{self.subset}" if self.subset else ""
         return f"{self.method}-{self.seed if self.setting is None else f'tune{self.setting}'}{task}"
 
     @property
     def encoder(self) -> Cell:
         """The pre-training that a task's cell needs."""
         return Cell(self.method, self.seed, setting=self.setting)
+
+    @property
+    def fraction_seed(self) -> int:
+        """What draws the labels: the same for all methods, another for each seed and subset."""
+        return self.seed + SUBSET_STEP * self.subset
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Part:
     options: dict[str, Any] = field(default_factory=dict)
     fractions: list[float] | None = None
     fits: bool = True
+    subsets: dict[float, int] = field(default_factory=dict)
 
 
 def flags(*parts: Part) -> list[str]:
@@ -83,7 +93,7 @@ class Sweep:
       clip: {config: method/clip.yaml}
       sista: {config: method/sia_sta_batch.yaml, options: {model.lr: 2.0e-3}}
     tasks:
-      cls_chexpert: {config: cls_chexpert.yaml, fractions: [0.01, 0.1]}
+      cls_chexpert: {config: cls_chexpert.yaml, fractions: [0.01, 0.1], subsets: {0.01: 10}}   # ten draws of 1 %
       seg_siim: {config: seg_siim.yaml, options: {trainer.max_epochs: 3}}
       grounding: {config: ground_siim.yaml, fits: false}    # an evaluation: no labels, nothing to fit
     tune: {options: {model.lr: [5.0e-4, 1.0e-3]}, task: cls_chexpert, fraction: 0.01}   # may be left out
@@ -133,7 +143,10 @@ class Sweep:
         found = [] if self.methods[method] is None else [Cell(method, seed)]
         for name, task in self.tasks.items():
             if task.fits:
-                found += [Cell(method, seed, name, share) for share in task.fractions or self.fractions]
+                found += [
+                    Cell(method, seed, name, share, subset=k)
+                    for share in task.fractions or self.fractions for k in range(task.subsets.get(share, 1))
+                ]  # fmt: skip
             elif self.methods[method] is not None:  # an evaluation is of a pre-training
                 found.append(Cell(method, seed, name, 0.0))
         return found
@@ -185,7 +198,7 @@ class Sweep:
             task = self.tasks[cell.task]
             said = [*flags(task), *common]
             if task.fits:
-                said += ["--data.label_fraction", f"{cell.fraction:g}", "--data.fraction_seed", str(cell.seed)]
+                said += ["--data.label_fraction", f"{cell.fraction:g}", "--data.fraction_seed", str(cell.fraction_seed)]
             if self.methods[cell.method] is not None:
                 said += ["--model.weights", str(runs.find_checkpoint(root, cell.encoder.name, "best"))]
             if not task.fits:
@@ -226,8 +239,8 @@ def read_sweep(*names: str) -> Sweep:
         if not task.config:
             raise SistaError(f"sweep {path}: tasks: {key} has no config; write `{key}: {{config: cls_chexpert.yaml}}`")
     seeds = given.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise SistaError(f"sweep {path}: seeds is {seeds!r}; give whole numbers, as in [0, 1, 2]")
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and 0 <= s < SUBSET_STEP for s in seeds):
+        raise SistaError(f"sweep {path}: seeds is {seeds!r}; give whole numbers under {SUBSET_STEP}, as in [0, 1, 2]")
     if len(set(seeds)) < len(seeds):
         raise SistaError(f"sweep {path}: seeds is {seeds!r}; give each once")
     reference = given.get("reference")
@@ -282,7 +295,22 @@ def _part(given: Any, where: str) -> Part:
     shares, fits = given.get("fractions"), given.get("fits", True)
     if not isinstance(fits, bool) or (shares is not None and not fits):
         raise SistaError(f"{where}: fits is {fits!r}; give false, without fractions, where there is nothing to fit")
-    return Part(configs, options, None if shares is None else _fractions(shares, where), fits)
+    shares = None if shares is None else _fractions(shares, where)
+    return Part(configs, options, shares, fits, _subsets(given.get("subsets"), fits, where))
+
+
+def _subsets(given: Any, fits: bool, where: str) -> dict[float, int]:
+    """Return how often the labels of a fraction are drawn."""
+    if given is None:
+        return {}
+    right = isinstance(given, dict) and all(
+        type(share) in (int, float) and 0 < share < 1 and type(count) is int and count >= 1
+        for share, count in given.items()
+    )
+    if not right or not fits:
+        raise SistaError(f"{where}: subsets is {given!r}; give of a task that is fitted how often the labels of a "
+                         "fraction under 1 are drawn, as in {0.01: 10}")  # fmt: skip
+    return {float(share): count for share, count in given.items()}
 
 
 def _tune(given: Any, tasks: Mapping[str, Part], shares: list[float], where: str) -> Tuning:

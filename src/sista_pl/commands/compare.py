@@ -35,7 +35,7 @@ patient_id the patients are those of the other files; where none has it, each im
 said. Masks: intersection_pixels, predicted_pixels, truth_pixels. Boxes: truth_boxes and predicted_boxes in JSON.
 
 Many settings, of task and label fraction, come as a table; `sista sweep` makes one. Paths are relative to it, fraction
-and seed may be empty, a column metric chooses by setting:
+and seed may be empty, a column metric chooses by setting, a column subset tells draws of labels with one seed apart:
   method,task,fraction,seed,predictions
   clip,cls_rsna,0.1,0,runs/clip-0/0001/test/predictions.parquet
   sista compare --table cells.csv
@@ -130,18 +130,20 @@ def _bar(total: int) -> Iterator[Callable[[], Any]]:
 
 def grid(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the heads and the rows of the table, as text; a column that says the same of all is left out."""
-    heads = ["task", "fraction", "metric", "method", "seeds", "mean [95 %]", "SD", f"difference from {found.reference} "
-             "[95 %]", "p", "p (Holm)", "z", "d", "rank"]  # fmt: skip
+    heads = ["task", "fraction", "metric", "method", "seeds", "subsets", "mean [95 %]", "SD",
+             f"difference from {found.reference} [95 %]", "p", "p (Holm)", "z", "d", "rank"]  # fmt: skip
     lines = []
     for row in found.rows:
         lines.append([
             row["task"], _text(row["fraction"], "g"), row["metric"], row["method"], str(row["seeds"]),
-            _interval(row, "", ".3f"), _text(row["seed_sd"], ".3f"), _interval(row, "difference", "+.3f"),
-            _probability(row["p"]), _probability(row["p_holm"]), _text(row["z"], "+.1f"), _text(row["d"], "+.1f"),
-            _text(row["rank"], "g"),
+            str(row["subsets"]), _interval(row, "", ".3f"), _text(row["seed_sd"], ".3f"),
+            _interval(row, "difference", "+.3f"), _probability(row["p"]), _probability(row["p_holm"]),
+            _text(row["z"], "+.1f"), _text(row["d"], "+.1f"), _text(row["rank"], "g"),
         ])  # fmt: skip
     spare = {i for i, head in enumerate(heads) if head in ("task", "fraction", "metric", "p (Holm)")
              and len({line[i] for line in lines}) == 1}  # fmt: skip
+    if all(row["subsets"] == 1 for row in found.rows):
+        spare.add(heads.index("subsets"))
     if found.comparisons == 1:
         spare.add(heads.index("p (Holm)"))
     kept = [i for i in range(len(heads)) if i not in spare]
@@ -239,10 +241,10 @@ def _plain(found: Comparison, phantom: bool, runs: list) -> dict[str, Any]:
         return [{key: None if value != value else value for key, value in row.items()} for row in rows]
 
     return {
-        "schema": 1, "phantom": phantom, "reference": found.reference, "draws": found.draws, "seed": found.seed,
+        "schema": 2, "phantom": phantom, "reference": found.reference, "draws": found.draws, "seed": found.seed,
         "comparisons": found.comparisons, "rows": records(found.rows), "ranks": records(found.ranks),
         "files": [{"method": run.method, "task": run.task, "fraction": run.fraction, "seed": run.seed,
-                   "predictions": str(run.file)} for run in runs],
+                   "subset": run.subset, "predictions": str(run.file)} for run in runs],
         "notes": found.notes, "how": HOW,
     }  # fmt: skip
 

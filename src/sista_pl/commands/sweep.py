@@ -40,7 +40,7 @@ The file:
     clip: {config: method/clip.yaml}
     sista: {config: method/sia_sta_batch.yaml}
   tasks:
-    cls_chexpert: {config: cls_chexpert.yaml}
+    cls_chexpert: {config: cls_chexpert.yaml, subsets: {0.01: 10}}    # ten draws of 1 % of the labels with each seed
     zeroshot: {config: zeroshot_chexpert.yaml, fits: false}   # an evaluation: no labels, nothing to fit
   tune: {options: {model.lr: [5.0e-4, 1.0e-3]}, task: cls_chexpert, fraction: 0.01}   # the same budget for each method
   fractions: [0.01, 0.1, 1.0]

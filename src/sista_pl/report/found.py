@@ -47,13 +47,13 @@ def kept(file: Path, runs: Sequence[Run], reference: str, draws: int, seed: int)
         seed: of the resampling.
     """
     told = read_json(file)
-    if any(told.get(key) != value for key, value in (("schema", 1), ("reference", reference), ("draws", draws),
+    if any(told.get(key) != value for key, value in (("schema", 2), ("reference", reference), ("draws", draws),
                                                      ("seed", seed))):  # fmt: skip
         return None
     made = file.stat().st_mtime_ns
-    wanted = {(run.method, run.task, run.fraction, run.seed, _place(run.file)) for run in runs}
-    found = {(each["method"], each["task"], each["fraction"], each["seed"], _place(Path(each["predictions"])))
-             for each in told["files"]}  # fmt: skip
+    wanted = {(run.method, run.task, run.fraction, run.seed, run.subset, _place(run.file)) for run in runs}
+    found = {(each["method"], each["task"], each["fraction"], each["seed"], each["subset"],
+              _place(Path(each["predictions"]))) for each in told["files"]}  # fmt: skip
     if found != wanted or any(run.file.stat().st_mtime_ns > made for run in runs):
         return None
     rows, ranks = (

@@ -116,7 +116,10 @@ def methods(found: Contents, look: dict[str, Look]) -> str:
             done, wanted = swept.count(method, task, share)
             line.append((f"{done} / {wanted}" if wanted else "–", None, "num"))
         lines.append(line)
-    told = "Cells that are done, of those wanted; each is one seed. Options of a file of the sweep have their value."
+    told = (
+        "Cells that are done, of those wanted; each is one seed and subset of the labels. Options of a file of the "
+        "sweep have their value."
+    )
     told += f" Tuning: {escape(swept.tuning)}." if swept.tuning else ""
     return parts.table(heads, lines) + parts.soft(told) + _data(swept) + _versions(swept) + _commands(swept)
 

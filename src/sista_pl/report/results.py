@@ -115,12 +115,16 @@ def _line(row: Row, look: dict[str, Look], reference: str, reach: float) -> list
     difference = '<span class="soft">reference</span>' if method == reference else apart(row)
     return [
         (named(method, look), None, "name"), (interval(row["value"], row["low"], row["high"]), row["value"], "num"),
-        (number(row["seed_sd"]), row["seed_sd"], "num"), (str(row["seeds"]), row["seeds"], "num"),
+        (number(row["seed_sd"]), row["seed_sd"], "num"), (_seeds(row), row["seeds"], "num"),
         (difference, row["difference"], "num"),
         (parts.glyph(row, reach, look[method]) if able else "", None, "picture"),
         (probability(row["p"]), row["p"], "num"), (probability(row["p_holm"]), row["p_holm"], "num"),
         (number(row["d"], "+.1f"), row["d"], "num"), (f"{row['rank']:g}", row["rank"], "num"),
     ]  # fmt: skip
+
+
+def _seeds(row: Row) -> str:
+    return str(row["seeds"]) if row["subsets"] == 1 else f"{row['seeds']} × {row['subsets']} subsets"
 
 
 def curves(found: Contents, look: dict[str, Look]) -> str:

@@ -100,7 +100,7 @@ class Swept:
         return list(dict.fromkeys(task for task, _ in self.settings))
 
     def count(self, method: str, task: str | None, fraction: float | None) -> tuple[int, int]:
-        """Return how many seeds of a method's cells in a setting are done, and how many are wanted."""
+        """Return how many of a method's cells in a setting are done, and how many are wanted."""
 
         def of(cells: Iterable[Cell]) -> int:
             return sum((cell.method, cell.task, cell.fraction) == (method, task, fraction) for cell in cells)
@@ -118,7 +118,7 @@ class Swept:
         for cell in self.done:
             file = (self.run(cell) or self.root) / "test" / PREDICTIONS
             if cell.task is not None and file.is_file():
-                found.append(Run(cell.method, file, str(cell.seed), cell.task, cell.fraction))
+                found.append(Run(cell.method, file, str(cell.seed), cell.task, cell.fraction, None, str(cell.subset)))
         return found
 
     def facts(self, cell: Cell, test: bool = True) -> dict[str, Any]:

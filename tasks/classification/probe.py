@@ -17,9 +17,10 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C, the 
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, exclusive: bool, worth: Callable[[np.ndarray, np.ndarray], float]
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Fit logistic regression by L-BFGS for each strength, keep the best.
+    """Fit logistic regression for each strength, keep the best.
 
-    Features are standardised by the training images; the scale is folded into the returned weights.
+    Features are standardised by the training images; the scale is folded into the returned weights. The weights of the
+    least penalised loss lie in the span of the images, so that fewer images than features are as many features.
 
     Args:
         features: (N, D) of the training images.
@@ -35,10 +36,13 @@ def fit_probe(
     standard = (features - mean) / scale
     fit = _fit_exclusive if exclusive else _fit_each
     # each strength begins where the one before, which asks for smaller weights, ended
-    models = [_model() for _ in range(1 if exclusive else labels.shape[1])]
+    models = [_model(exclusive) for _ in range(1 if exclusive else labels.shape[1])]
+    span = np.linalg.qr(standard.T)[0] if len(standard) < standard.shape[1] else None  # (D, N)
+    inside = standard if span is None else standard @ span
     best = None
     for strength in STRENGTHS:
-        weight, bias = fit(standard, labels, [model.set_params(C=strength) for model in models])
+        weight, bias = fit(inside, labels, [model.set_params(C=strength) for model in models])
+        weight = weight if span is None else weight @ span.T
         folded = (weight / scale, bias - (weight / scale) @ mean)
         value = worth(*folded)
         if best is None or value > best[0]:
@@ -47,17 +51,18 @@ def fit_probe(
     return best[1], best[2], best[3]
 
 
-def _model() -> Any:
+def _model(exclusive: bool) -> Any:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(max_iter=500, warm_start=True)
+    # Newton's method converges for weak penalties, too; its matrix is (D, D), but (K D, K D) for exclusive classes
+    return LogisticRegression(max_iter=500, warm_start=True, solver="lbfgs" if exclusive else "newton-cholesky")
 
 
 def _regression(model: Any, features: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        # far from convergence only for the weakest penalties, which validation then does not choose
+        # L-BFGS may be far from it for the weakest penalties, which validation then does not choose
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features, target)
     return model.coef_, model.intercept_

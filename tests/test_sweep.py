@@ -10,6 +10,7 @@ import pytest
 
 from sista_pl import packaged
 from sista_pl.book import Book, mixed
+from sista_pl.cli import main
 from sista_pl.errors import SistaError
 from sista_pl.sweep import Cell, read_sweep
 from sista_pl.tuning import Tuning
@@ -83,6 +84,16 @@ def test_every_method_of_a_benchmark_can_be_tuned(name, tmp_path, monkeypatch):
         assert {cell.fraction for cell in tried if cell.task is not None} <= {0.01}
         for cell in [cell for cell in tried if cell.task is None]:
             assert [command[0] for command in sweep.commands(cell, tmp_path)] == ["fit"]
+
+
+@pytest.mark.parametrize("name", list(ADDITIONS))
+def test_every_task_of_a_benchmark_takes_the_options_that_it_is_given(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SISTA_REPORTS", "reports.csv")
+    monkeypatch.setattr("sista_pl.sweep.runs.find_checkpoint", lambda *of: tmp_path / "best.ckpt")
+    sweep = read_sweep(name, *(f"benchmark/{addition}.yaml" for addition in ADDITIONS[name]))
+    for task in (None, *sweep.tasks):
+        cell = next(cell for cell in sweep.cells() if (cell.method, cell.task) == ("clip", task))
+        assert main([*sweep.commands(cell, tmp_path)[0], "--print_config"]) == 0, capsys.readouterr().err
 
 
 def test_a_further_file_adds_methods_and_says_values_anew(file, tmp_path):

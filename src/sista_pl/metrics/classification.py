@@ -60,11 +60,8 @@ class Classification:
                 self.absent.append(f"{name} has no positive image: no AUROC, average precision and F1")
             elif not (known & ~target).any():
                 self.absent.append(f"{name} has no negative image: no AUROC and average precision")
-        self._ranked = [self._rank(k) for k in range(len(self.names))]
         self._order()
-        if self.exclusive:
-            self.rows = np.flatnonzero(self.known[:, 0])
-            self.chosen, self.right = self.scores[self.rows].argmax(1), self.truth[self.rows].argmax(1)
+        self._decide()
 
     @classmethod
     def from_table(cls, table: pd.DataFrame) -> Classification:
@@ -93,16 +90,20 @@ class Classification:
         exclusive = len(names) > 1 and (truth[known].sum(1) == 1).all() and (np.abs(scores.sum(1) - 1) < 0.01).all()
         return cls(truth, scores, names, "binary" if len(names) == 1 else "multiclass" if exclusive else "multilabel")
 
-    def _rank(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return known images by falling score, their truth, and where each run of equal scores ends."""
-        rows = np.flatnonzero(self.known[:, k])
-        rows = rows[np.argsort(-self.scores[rows, k], kind="stable")]
-        return rows, self.truth[rows, k], run_ends(self.scores[rows, k])
-
     def _order(self) -> None:
-        """Line up the images of all classes: negatives by rising score, and positives with how many they exceed."""
+        """Line up the known images of all classes by falling score, and where each run of equal scores ends.
+
+        For the AUROC: negatives by rising score, and positives with how many they exceed.
+        """
         parts, negatives, positives = [(np.zeros(0, np.int64),) * 4], [0], [0]
-        for k, (rows, truth, _) in enumerate(self._ranked):
+        ranked, images, ends = [(np.zeros(0, np.int64),) * 4], [0], [0]
+        for k in range(len(self.names)):
+            rows = np.flatnonzero(self.known[:, k])
+            rows = rows[np.argsort(-self.scores[rows, k], kind="stable")]
+            truth, last = self.truth[rows, k], 1 + images[-1] + run_ends(self.scores[rows, k])
+            ranked.append((rows, truth, last, np.concatenate([[images[-1]], last[:-1]])[: len(last)]))
+            images.append(images[-1] + len(rows))
+            ends.append(ends[-1] + len(last))
             lower, upper = rows[~truth][::-1], rows[truth]
             found = [np.searchsorted(self.scores[lower, k], self.scores[upper, k], side) for side in ("left", "right")]
             parts.append((lower, upper, *(negatives[-1] + place for place in found)))
@@ -110,6 +111,29 @@ class Classification:
             positives.append(positives[-1] + len(upper))
         self._negatives, self._positives, self._below, self._upto = map(np.concatenate, zip(*parts, strict=True))
         self._negatives_until, self._positives_until = np.array(negatives), np.array(positives)
+        self._rows, self._hits, self._after, self._before = map(np.concatenate, zip(*ranked, strict=True))
+        self._until, self._ends_until = np.array(images), np.array(ends)
+
+    def _decide(self) -> None:
+        """Tell the images of each class that are said to be of it, those that are, and both; each score's bin."""
+        if self.exclusive:
+            rows = np.flatnonzero(self.known[:, 0])
+            each = np.arange(len(self.names))
+            chosen, right = self.scores[rows].argmax(1), self.truth[rows].argmax(1)
+            said, true = chosen[:, None] == each, right[:, None] == each
+            judged, known = self.scores[rows].max(1, initial=0)[:, None], np.ones((len(rows), 1), bool)
+            correct = (chosen == right)[:, None]
+        else:
+            rows, known, judged, correct = np.arange(self.size), self.known, self.scores, self.truth
+            said, true = (self.scores >= self.thresholds) & known, self.truth
+        self.rows, self._said = rows, np.stack([said & true, said, true]).astype(np.float64)  # 3 R K
+        self._asked = known.astype(np.float64)  # R, K or 1
+        right_said = correct if self.exclusive else (said == true) & known
+        self._right = right_said.sum(1).astype(np.float64)
+        at, column = np.nonzero(known)
+        score = judged[at, column]
+        self._judged, self._gap = rows[at], score - correct[at, column]
+        self._bin = column * BINS + np.minimum((score * BINS).astype(int), BINS - 1)  # 1 lies in the last
 
     def figures(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Return the figures by name, one that is not defined left out:
@@ -117,7 +141,8 @@ class Classification:
         * `auroc/<class>`, `auprc/<class>` (average precision, not interpolated), `f1/<class>`,
         * `auroc_macro`, `auprc_macro`, `f1_macro`: their means over the classes that have one,
         * `accuracy`: share of right answers, over all known pairs of image and class where not `multiclass`,
-        * `ece`: calibration error, see `calibration_error`; mean over classes, or of the chosen class's score.
+        * `ece`: calibration error, the mean over 15 equally wide bins of |mean score - share of truth|, weighted by
+          images; its mean over classes, or that of the chosen class's score.
 
         Args:
             weights: (N,) >= 0 of the images; all 1 where not given.
@@ -142,10 +167,7 @@ class Classification:
 
     def _by_class(self, figure: str, weights: np.ndarray) -> np.ndarray:
         """Return (K,) `auroc`, `auprc` or `f1`, NaN where it is not defined."""
-        if figure == "auroc":
-            return self._aurocs(weights)
-        of_one = self._auprc if figure == "auprc" else self._f1
-        return np.array([of_one(k, weights) for k in range(len(self.names))])
+        return {"auroc": self._aurocs, "auprc": self._auprcs, "f1": self._f1s}[figure](weights)
 
     def _aurocs(self, weights: np.ndarray) -> np.ndarray:
         # of each positive: the weight of the negatives below it, and half of those level with it; all classes at once
@@ -159,44 +181,33 @@ class Classification:
         won = won[ends] - won[starts] - hits * before[:-1]
         return np.divide(won, hits * alarms, out=np.full(len(hits), np.nan), where=(hits > 0) & (alarms > 0))
 
-    def _auprc(self, k: int, weights: np.ndarray) -> float:
-        rows, truth, ends = self._ranked[k]
-        w = weights[rows]
+    def _auprcs(self, weights: np.ndarray) -> np.ndarray:
         # equal scores are one step of the curve
-        hits, alarms = np.cumsum(w * truth)[ends], np.cumsum(w * ~truth)[ends]
-        if not len(rows) or hits[-1] <= 0 or alarms[-1] <= 0:
-            return np.nan
-        said = np.maximum(hits + alarms, np.finfo(float).tiny)  # 0 before the first image that has a weight
-        return float(np.sum(np.diff(hits, prepend=0) * hits / said) / hits[-1])
+        weights = weights[self._rows]
+        hits, said = _sums(weights * self._hits), _sums(weights)
+        starts, ends = self._until[:-1], self._until[1:]
+        begin = np.repeat(starts, np.diff(self._ends_until))
+        so_far = np.maximum(said[self._after] - said[begin], np.finfo(float).tiny)  # 0 before the first with a weight
+        steps = _sums((hits[self._after] - hits[self._before]) * (hits[self._after] - hits[begin]) / so_far)
+        area = steps[self._ends_until[1:]] - steps[self._ends_until[:-1]]
+        positive = hits[ends] - hits[starts]
+        negative = said[ends] - said[starts] - positive
+        return np.divide(area, positive, out=np.full(len(area), np.nan), where=(positive > 0) & (negative > 0))
 
-    def _f1(self, k: int, weights: np.ndarray) -> float:
-        if self.exclusive:
-            w, said, true = weights[self.rows], self.chosen == k, self.right == k
-        else:
-            known = self.known[:, k]
-            w, said, true = weights[known], self.scores[known, k] >= self.thresholds[k], self.truth[known, k]
-        return float(2 * (w @ (said & true)) / (w @ said + w @ true)) if w @ true > 0 else np.nan
+    def _f1s(self, weights: np.ndarray) -> np.ndarray:
+        both, said, true = weights[self.rows] @ self._said
+        return np.divide(2 * both, said + true, out=np.full(len(true), np.nan), where=true > 0)
 
     def _accuracy(self, weights: np.ndarray) -> float:
-        if self.exclusive:
-            right, known = self.chosen == self.right, np.ones(len(self.rows), bool)
-            weights = weights[self.rows]
-        else:
-            right = (((self.scores >= self.thresholds) == self.truth) & self.known).sum(1)
-            known = self.known.sum(1)
-        total = weights @ known
-        return float(weights @ right / total) if total > 0 else np.nan
+        weights = weights[self.rows]
+        total = weights @ self._asked.sum(1)
+        return float(weights @ self._right / total) if total > 0 else np.nan
 
     def _calibration(self, weights: np.ndarray) -> float:
-        if self.exclusive:
-            score = self.scores[self.rows].max(1, initial=0)
-            values = [calibration_error(score, self.chosen == self.right, weights[self.rows])]
-        else:
-            values = [
-                calibration_error(self.scores[known, k], self.truth[known, k], weights[known])
-                for k, known in enumerate(self.known.T)
-            ]
-        return _mean(np.array([np.nan if value is None else value for value in values]))
+        total = weights[self.rows] @ self._asked
+        gaps = np.bincount(self._bin, weights[self._judged] * self._gap, minlength=BINS * len(total))
+        gaps = np.abs(gaps.reshape(-1, BINS)).sum(1)
+        return _mean(np.divide(gaps, total, out=np.full(len(total), np.nan), where=total > 0))
 
 
 def _check(truth: np.ndarray, scores: np.ndarray, names: list[str], kind: str) -> None:
@@ -242,16 +253,6 @@ def _mean(values: np.ndarray) -> float:
 def run_ends(scores: np.ndarray) -> np.ndarray:
     """(N,) sorted → the last place of each run of equal values."""
     return np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, np.int64)
-
-
-def calibration_error(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float | None:
-    """Weighted mean over 15 equally wide bins of |mean score - share of truth|; None where nothing has a weight."""
-    total = weights.sum()
-    if total <= 0:
-        return None
-    place = np.minimum((scores * BINS).astype(int), BINS - 1)  # 1 lies in the last
-    gaps = np.bincount(place, weights * (scores - truth), minlength=BINS)
-    return float(np.abs(gaps).sum() / total)
 
 
 def best_thresholds(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -40,6 +40,25 @@ def test_head_is_independent_of_padding_length(norm):
     assert torch.allclose(short, padded[:, :4], atol=1e-5)
 
 
+def test_padding_costs_nothing_and_comes_out_as_zeros():
+    """Against the projection of all rows, with padding outside the statistics."""
+    torch.manual_seed(0)
+    head = ProjectionHead(6, 5, out=4, hidden=8).local
+    x, mask = torch.randn(3, 4, 5, requires_grad=True), torch.rand(3, 4) < 0.6
+    sizes = []
+    hook = head.inner.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    found = head(x, mask)
+    hook.remove()
+    assert sizes == [int(mask.sum())]
+    assert (found[~mask] == 0).all()
+    expected = head._project(x, mask)
+    assert torch.allclose(found, expected, atol=1e-5)
+    wanted = [x, *head.parameters()]
+    weights = torch.randn_like(found)
+    for one, two in zip(*(torch.autograd.grad((y * weights).sum(), wanted) for y in (found, expected)), strict=True):
+        assert torch.allclose(one, two, atol=1e-4)
+
+
 def test_unknown_norm():
     with pytest.raises(SistaError, match="head_norm is 'group'"):
         ProjectionHead(4, 4, norm="group")

@@ -37,23 +37,21 @@ class MaskedBatchNorm(nn.Module):
         """Normalise (…, D); `mask` (…) bool says which rows are real."""
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
-            keep = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
-            keep = keep.unsqueeze(-1)
             if self.training:
-                mean, var = self._statistics(x.flatten(0, -2), keep.flatten(0, -2))
+                mean, var = self._statistics(x.flatten(0, -2) if mask is None else x[mask])
             else:
                 mean, var = self.running_mean, self.running_var
             y = (x - mean) * torch.rsqrt(var + self.eps)
             if self.weight is not None:
                 y = y * self.weight + self.bias
-            return y * keep
+            return y if mask is None else y * mask.unsqueeze(-1)
 
-    def _statistics(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        sums = all_sum(torch.cat([(x * keep).sum(0), keep.sum(0)]))
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        sums = all_sum(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
         count = sums[-1].clamp_min(1)
         mean = sums[:-1] / count
         # the second pass costs another collective, and keeps the digits that E[x²] - E[x]² would cancel
-        var = all_sum(((x - mean).square() * keep).sum(0)) / count
+        var = all_sum((x - mean).square().sum(0)) / count
         with torch.no_grad():
             unbiased = var * count / (count - 1).clamp_min(1)
             self.running_mean.lerp_(mean, self.momentum)
@@ -76,7 +74,10 @@ NORMS = {"batch": MaskedBatchNorm, "layer": Norm}
 
 
 class Projection(nn.Module):
-    """Linear, norm, ReLU, linear, norm without affine; each row apart, padding outside the statistics (as in MGCA)."""
+    """Linear, norm, ReLU, linear, norm without affine; each row apart (as in MGCA).
+
+    Padding is outside the statistics, costs nothing, and comes out as zeros.
+    """
 
     def __init__(self, dim: int, hidden: int, out: int, norm: str = "batch"):
         super().__init__()
@@ -88,6 +89,12 @@ class Projection(nn.Module):
         self.outer_norm = NORMS[norm](out, affine=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None or torch.compiler.is_compiling():  # a graph has no number of rows that the data decide
+            return self._project(x, mask)
+        found = self._project(x[mask])
+        return found.new_zeros(*mask.shape, found.shape[-1]).index_put((mask,), found)
+
+    def _project(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.inner_norm(self.inner(x), mask).relu()
         return self.outer_norm(self.outer(x), mask)
 

@@ -17,7 +17,7 @@ from sista_pl import compare, report, stored
 from sista_pl.commands.compare import main as compare_command
 from sista_pl.errors import SistaError
 from sista_pl.pair import Features
-from sista_pl.report import plots, shown, words
+from sista_pl.report import parts, plots, shown, words
 from sista_pl.report.found import by_finding, kept
 from sista_pl.report.page import page
 from sista_pl.report.swept import Swept, write_plan
@@ -320,6 +320,11 @@ def test_methods_look_different_and_the_same_throughout():
     assert len(set(look.values())) == 19
     assert look["m3"] == plots.Look(0)
     assert plots.looks(names[:5], "m3")["m4"] == look["m4"]
+
+
+def test_an_evaluation_has_no_share_of_the_labels():
+    assert [parts.setting("ground", share) for share in (None, 0.0)] == ["ground", "ground"]
+    assert parts.setting("cls", 0.01) == "cls, 1\u00a0% of the labels"
 
 
 @pytest.mark.parametrize("seed", range(5))

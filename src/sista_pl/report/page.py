@@ -103,12 +103,13 @@ def _head(found: Contents) -> str:
     """What was swept, how much of it is done, and what is missing."""
     swept = found.swept
     done, wanted = len(swept.done), len(swept.wanted)
-    shares = ", ".join(f"{100 * share:g}" for share in sorted({share for _, share in swept.settings}))
+    shares = ", ".join(f"{100 * share:g}" for share in sorted({share for _, share in swept.settings} - {0}))
     seconds = sum(float(swept.mark(cell).get("seconds") or 0) for cell in swept.done)
     counts = [
         (f"{done} of {wanted}", "cells done"),
         (str(len(swept.methods)), "methods"), (str(len(swept.tasks)), "task" if len(swept.tasks) == 1 else "tasks"),
-        (f"{shares} %", "of the labels"), (str(len(swept.seeds)), "seed" if len(swept.seeds) == 1 else "seeds"),
+        (f"{shares} %" if shares else "none", "of the labels"),
+        (str(len(swept.seeds)), "seed" if len(swept.seeds) == 1 else "seeds"),
         (parts.duration(seconds), "computed"),
     ]  # fmt: skip
     notes = [escape(note) for note in found.notes]

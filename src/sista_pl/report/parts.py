@@ -66,7 +66,7 @@ def named(method: str, look: dict[str, Look]) -> str:
 
 def setting(task: str, share: float | None) -> str:
     """Return what a setting is called, as plain text."""
-    return task if share is None else f"{task}, {percent(share)} of the labels"
+    return f"{task}, {percent(share)} of the labels" if share else task
 
 
 def glyph(row: dict[str, Any], reach: float, look: Look) -> str:

@@ -186,8 +186,8 @@ def training(
 
 
 def percent(share: float | None) -> str:
-    """Return a share of the labels as a reader says it."""
-    return "" if share is None else f"{100 * share:g}\u00a0%"
+    """Return a share of the labels as a reader says it, "" of an evaluation, which has none."""
+    return f"{100 * share:g}\u00a0%" if share else ""
 
 
 # --- what they have in common ----------------------------------------------------

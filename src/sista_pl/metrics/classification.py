@@ -128,8 +128,8 @@ class Classification:
             said, true = (self.scores >= self.thresholds) & known, self.truth
         self.rows, self._said = rows, np.stack([said & true, said, true]).astype(np.float64)  # 3 R K
         self._asked = known.astype(np.float64)  # R, K or 1
-        right_said = correct if self.exclusive else (said == true) & known
-        self._right = right_said.sum(1).astype(np.float64)
+        answered = correct if self.exclusive else (said == true) & known
+        self._right = answered.sum(1).astype(np.float64)  # right answers of each image
         at, column = np.nonzero(known)
         score = judged[at, column]
         self._judged, self._gap = rows[at], score - correct[at, column]

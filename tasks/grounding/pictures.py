@@ -49,4 +49,4 @@ def maps_of(task: GroundingTask, rows: np.ndarray, k: int) -> np.ndarray:
     """Return the maps (n, H, W) of class k for these rows."""
     data = task.trainer.datamodule
     images = transforms.build(data.size, data.crop, train=False)(torch.from_numpy(data.store.images(rows))[:, None])
-    return task(transforms.normalise(images).to(task.device))[:, k].cpu().numpy()
+    return task.maps(transforms.normalise(images).to(task.device), rows)[:, k].cpu().numpy()

@@ -22,6 +22,7 @@ from sista_pl.metrics.grounding import COLUMNS, Grounding, contrast, mean_iou, p
 from sista_pl.predictions import Predicted
 from sista_pl.similarity_map import content_words, similarity_map, upsample
 
+NOWHERE = -1  # x and y of no point
 WIDTH = 1 + len(COLUMNS) + 2  # of a class in `Predicted.values`: present, `COLUMNS`, x and y of the highest point
 
 
@@ -39,7 +40,8 @@ class GroundingTask(EvaluationTask):
         weights: checkpoint of the pre-training, see `EvaluationTask`; without a token loss its maps mean nothing, and
             it says so.
         phrases: by class a phrase or a list of them, as `{opacity: [pneumonia, consolidation]}`; the classes are the
-            boxes' categories, or with `target: mask` any one name.
+            boxes' categories, or with `target: mask` any one name. None takes the phrases that stand with the boxes of
+            each image, as MS-CXR has them.
         draws: bootstrap resamples of the intervals.
     """
 
@@ -51,10 +53,12 @@ class GroundingTask(EvaluationTask):
     ):
         super().__init__(weights, draws)
         self.phrases = {name: [said] if isinstance(said, str) else list(said) for name, said in (phrases or {}).items()}
-        if not self.phrases or not all(self.phrases.values()):
+        self.own = phrases is None
+        if not self.own and not (self.phrases and all(self.phrases.values())):
             raise SistaError("model: phrases is empty; give each class one, as {pneumothorax: [pneumothorax]}")
         self.classes = list(self.phrases)
-        self.words: dict[str, tuple[Tensor, Tensor]] = {}  # a class: (n, L, D) words of its phrases, (n, L) which count
+        # a class, or a phrase where they are the images' own: (n, L, D) words of the phrases, (n, L) which count
+        self.words: dict[str, tuple[Tensor, Tensor]] = {}
         self.prior = np.zeros((0, 0, 0))  # (K, H, W)
         self.save_hyperparameters()
         self.build()
@@ -75,7 +79,9 @@ class GroundingTask(EvaluationTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule
-        if data.files:
+        if self.own:
+            self._read_phrases(stage)
+        elif data.files:
             pass  # films without regions: each phrase is pointed at
         elif data.target == "boxes":
             for name in data.classes:
@@ -88,6 +94,53 @@ class GroundingTask(EvaluationTask):
             rank_zero_info(
                 "grounding: the pre-training had no token loss, so that its words and patches are not aligned"
             )
+
+    def _read_phrases(self, stage: str) -> None:
+        """Embed the phrases that stand with the boxes."""
+        data = self.trainer.datamodule
+        if data.files or data.target != "boxes":
+            raise SistaError("model: phrases is null, and the data group gives no boxes with phrases; give phrases")
+        self.classes, self.words = list(data.classes), {}
+        rows = np.concatenate(list(data.rows.values())).tolist()
+        said = sorted({phrase for row in rows for phrase in data.phrases[row]})
+        if "" in said:
+            raise SistaError(
+                f"model: phrases is null, but boxes of {data.store_path} have none; give model.phrases, by category"
+            )
+        mute = 0
+        for start in range(0, len(said), 64):
+            text = self.joint.encode_text(said[start : start + 64])
+            assert text.ids is not None  # of images alone it is None
+            used = content_words(text.ids)
+            silent = ~used.any(1)
+            used[silent] = (text.ids != 0)[silent]
+            mute += int(silent.sum())
+            for place, phrase in enumerate(said[start : start + 64]):
+                self.words[phrase] = text.local[place][None], used[place][None]
+        if mute:
+            rank_zero_info(f"grounding: {mute} phrases are negated or boilerplate as a whole; all their words count")
+
+    def said(self, row: int, k: int) -> list[str]:
+        """Return the keys in `words` of what class k is called in an image, [] where it isn't."""
+        if not self.own:
+            return [self.classes[k]]
+        data = self.trainer.datamodule
+        return sorted({said for kind, said in zip(data.boxes[row][1], data.phrases[row], strict=True) if kind == k})
+
+    def maps(self, image: Tensor, rows: np.ndarray) -> Tensor:
+        """Return the maps (B, K, H, W) of images (B, 1, H, W) of these rows; 0 where an image's phrases name none."""
+        if not self.own:
+            return self(image)
+        patches = self.joint.encode_image(image).local
+        side = round(patches.shape[1] ** 0.5)
+        found = patches.new_zeros(len(image), len(self.classes), side, side)
+        for place, row in enumerate(rows.tolist()):
+            for k in range(len(self.classes)):
+                each = [[x.to(image.device) for x in self.words[phrase]] for phrase in self.said(row, k)]
+                if each:
+                    maps = [similarity_map(local, patches[place], used) for local, used in each]
+                    found[place, k] = torch.cat(maps).mean(0)
+        return upsample(found, image.shape[-1])
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 1, H, W) → maps (B, K, H, W) in [-1, 1]."""
@@ -114,15 +167,16 @@ class GroundingTask(EvaluationTask):
             inside = regions(data, int(row), crop) == OBJECT
             sums += inside
             count += inside.any((1, 2))
-        for name in (name for name, images in zip(self.classes, count, strict=True) if not images):
-            rank_zero_info(f"grounding: no region of {name} in the validation split; its prior is the image's centre")
+        if blind := [name for name, images in zip(self.classes, count, strict=True) if not images]:
+            names = ", ".join(blind)
+            rank_zero_info(f"grounding: no region of {names} in the validation split; its prior is the image's centre")
         middle = centre_map(crop)
         return np.stack([total / n if n else middle for total, n in zip(sums, count, strict=True)])
 
     # --- the figures -------------------------------------------------------------
 
     def outputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        maps = self(batch["image"]).cpu().numpy()
+        maps = self.maps(batch["image"], batch["index"].cpu().numpy()).cpu().numpy()
         values = torch.from_numpy(np.stack([
             self._measure(int(row), found) for row, found in zip(batch["index"].tolist(), maps, strict=True)
         ]))  # fmt: skip
@@ -145,7 +199,7 @@ class GroundingTask(EvaluationTask):
                 found[k, 1] = inside.sum() / known.sum()
                 for place, of in ((2, values), (5, self.prior[k])):
                     found[k, place : place + 3] = [measure(of, inside, known) for measure in MEASURES]
-            found[k, -2:] = highest(values, seen)
+            found[k, -2:] = highest(values, seen) if self.said(row, k) else NOWHERE
         return found.reshape(-1)
 
     def by_class(self, found: Predicted) -> np.ndarray:
@@ -173,7 +227,10 @@ class GroundingTask(EvaluationTask):
     def _points(self, name: str, points: np.ndarray, sizes: list[tuple[int, int]]) -> dict[str, list[Any]]:
         """Return the columns of highest points (N, 2) in pixels of the originals, of these widths and heights."""
         data = self.trainer.datamodule
-        moved = [original_point(*point, *size, data.size, data.crop) for point, size in zip(points, sizes, strict=True)]
+        moved = [
+            original_point(*point, *size, data.size, data.crop) if point[0] != NOWHERE else (np.nan, np.nan)
+            for point, size in zip(points, sizes, strict=True)
+        ]
         return {f"point_x_{name}": [x for x, _ in moved], f"point_y_{name}": [y for _, y in moved]}
 
     def draw(self, found: Predicted, family: Any, folder: Path, notice: str) -> None:
@@ -185,12 +242,15 @@ class GroundingTask(EvaluationTask):
         bad, size, data = batch.get("bad", []), batch.get("original_size"), self.trainer.datamodule
         points: list[np.ndarray] = []
         if len(batch["index"]):
-            maps = self(batch["image"]).cpu().numpy()
+            rows = batch["index"].cpu().numpy()
+            maps = self.maps(batch["image"], rows).cpu().numpy()
             if np.isnan(maps).any():
                 raise SistaError("predict: the model gives NaN; set trainer.precision to 32-true")
-            for (width, height), values in zip(self.original_sizes(batch), maps, strict=True):
+            for row, (width, height), values in zip(rows.tolist(), self.original_sizes(batch), maps, strict=True):
                 seen = film(width, height, data.size, data.crop)
-                points.append(np.array([(*highest(of, seen), of[seen].max(), of[seen].mean()) for of in values]))
+                of_image = np.array([(*highest(of, seen), of[seen].max(), of[seen].mean()) for of in values])
+                of_image[[not self.said(row, k) for k in range(len(values))]] = NOWHERE, NOWHERE, np.nan, np.nan
+                points.append(of_image)
         found: dict[str, Any] = {"index": batch["index"].cpu(), "points": points, "bad": bad}
         return found if size is None else found | {"original_size": size.cpu()}
 

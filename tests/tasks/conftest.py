@@ -49,6 +49,18 @@ def object_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def boxed_store(tmp_path_factory) -> Path:
+    """The prepared store of 500 studies in the layout of ChestX-ray14, at 64 px: boxes on a part of its test films."""
+    return _store("chestxray14", 500, tmp_path_factory.mktemp("chestxray14"))
+
+
+@pytest.fixture(scope="session")
+def phrase_store(tmp_path_factory) -> Path:
+    """The prepared store of MS-CXR's layout, at 64 px: the films of 60 studies that show one of its findings."""
+    return _store("ms_cxr", 60, tmp_path_factory.mktemp("ms_cxr"))
+
+
+@pytest.fixture(scope="session")
 def pretrained(tmp_path_factory) -> Path:
     """A checkpoint of pre-training as it begins, on images of 48 px: both encoders, both heads, a tokenizer."""
     import torch

@@ -12,6 +12,7 @@ from sista_pl.cli import main
 EVALUATIONS = {
     "zeroshot_chexpert.yaml": "phantom_store", "retrieval_mimic.yaml": "phantom_store",
     "ground_rsna.yaml": "rsna_store", "ground_siim.yaml": "siim_store", "ground_object_cxr.yaml": "object_store",
+    "ground_chestxray14.yaml": "boxed_store", "ground_ms_cxr.yaml": "phrase_store",
 }  # fmt: skip
 WHOLE = [name for name in packaged.names() if "/" not in name and name not in ("pretrain.yaml", *EVALUATIONS)]
 SMALL = [

@@ -18,6 +18,7 @@ from sista_pl.errors import SistaError
 from sista_pl.joint import load_joint
 from sista_pl.metrics.grounding import Grounding, contrast, mean_iou, pointing
 from sista_pl.similarity_map import similarity_map, upsample
+from sista_pl.words import word_id
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,13 @@ def run(tested, store):
 def read(run):
     metrics = json.loads((run / "test/metrics.json").read_text())
     return pd.read_parquet(run / "test/predictions.parquet"), metrics["intervals"], metrics
+
+
+def words_of(joint, phrase):
+    """The words of a phrase one by one: none of the small phantom's is boilerplate, but for `in` and `the`."""
+    text = joint.encode_text([phrase])
+    keep = ~torch.isin(text.ids[0], torch.tensor([0, word_id("in"), word_id("the")]))
+    return (text.local[0][keep],)
 
 
 def test_it_is_measured_as_loops_over_the_store_say(run, store, pretrained):
@@ -101,6 +109,53 @@ def test_boxes_are_regions_as_their_masks_are(tested, rsna_store):
     _, masks, _ = read(tested("ground_rsna", rsna_store, *more))
     boxes = tested("ground_rsna", rsna_store, *more, "--data.target", "boxes", "--data.masks_from_boxes", "false")
     assert read(boxes)[1] == masks
+
+
+def test_each_image_has_phrases_of_its_own(tested, phrase_store, pretrained):
+    table, _, metrics = read(tested("ground_ms_cxr", phrase_store))
+    store, joint = Store.open(phrase_store), load_joint(pretrained)
+    manifest = store.manifest.set_index("image_id", drop=False)
+    rows = {name: row for row, name in enumerate(manifest["image_id"])}
+    assert len(table) == metrics["data"]["rows"]["test"] == len(manifest)
+    names = sorted({box["category"] for text in manifest["boxes"] for box in json.loads(text)})
+    checked = 0
+    for line in table.to_dict("records"):
+        boxes = json.loads(manifest.at[line["image_id"], "boxes"])
+        image = torch.from_numpy(store.image(rows[line["image_id"]])[8:-8, 8:-8])[None, None].float() / 127.5 - 1
+        patches = joint.encode_image(image).local[0]
+        for name in names:
+            said = {box["phrase"] for box in boxes if box["category"] == name}
+            if not said:
+                assert np.isnan([line[f"truth_share_{name}"], line[f"hit_{name}"], line[f"point_x_{name}"]]).all()
+                continue
+            region = np.zeros((64, 64), bool)
+            for box in (box for box in boxes if box["category"] == name):
+                x, y, right, low = (round(v) for v in (box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]))
+                region[y:low, x:right] = True
+            seen = film(*manifest.loc[line["image_id"], ["width", "height"]], 64, 48)
+            inside = region[8:-8, 8:-8] & seen
+            if not inside.any():  # cut off by the crop
+                assert np.isnan(line[f"hit_{name}"])
+                continue
+            maps = [similarity_map(*words_of(joint, phrase), patches) for phrase in said]
+            values = upsample(torch.stack(maps).mean(0), 48).numpy()
+            expected = [inside.sum() / seen.sum(), pointing(values, inside, seen), contrast(values, inside, seen)]
+            told = [line[f"truth_share_{name}"], line[f"hit_{name}"], line[f"cnr_{name}"]]
+            assert told == pytest.approx(expected, abs=1e-4)
+            checked += 1
+    assert checked > 20
+
+
+def test_phrases_that_the_boxes_do_not_have(evaluation, pretrained, rsna_store, phrase_store, workdir, capsys):
+    boxes = ["--data.target", "boxes", "--data.masks_from_boxes", "false", "--data.categories", "[opacity]"]
+    for store, more, line in (
+        (rsna_store, [*boxes, "--model.phrases", "null"], "have none; give model.phrases, by category"),
+        (rsna_store, ["--model.phrases", "null"], "gives no boxes with phrases; give phrases"),
+    ):
+        assert main(["test", *evaluation("ground_rsna", store, pretrained), *more]) == 2
+        assert line in capsys.readouterr().err
+    assert main(["predict", *evaluation("ground_ms_cxr", phrase_store, pretrained), "--data.inputs", "."]) == 2
+    assert "sista: " in capsys.readouterr().err
 
 
 def test_without_regions_in_the_validation_split_the_prior_is_the_centre(tested, store, tmp_path):
@@ -180,7 +235,7 @@ def test_mistakes_of_the_data_are_one_line(more, line, evaluation, pretrained, r
 @pytest.mark.parametrize(
     ("phrases", "line"),
     [
-        (None, "phrases is empty"),
+        ({}, "phrases is empty"),
         ({"a": []}, "phrases is empty"),
         ({"a": "no pneumothorax"}, "'no pneumothorax' has no word to look for"),
         ({"a": ["effusion", "the chest"]}, "'the chest' has no word to look for"),

@@ -32,7 +32,8 @@ An array job gives each task its part; the last to end makes the store, with the
 
 Options of a reader are written KEY=VALUE, the value as YAML; the first of several values is the default:
   mimic_cxr    reports=PATH  views=[PA, AP]  labels=chexpert|negbio|none
-               test_labels=same|radiologist
+               test_labels=same|radiologist  hold_out=FILE (its patients do not train; MS-CXR's)
+  ms_cxr       table=FILE
   chexpert     split=chexpert/competition  uncertain=competition|unknown|ones|zeros  labels=all|competition
                views=[frontal]  blank=absent|unknown  test=valid|official
   rsna         split=rsna/mgca|rsna/gloria-cls

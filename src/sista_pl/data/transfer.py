@@ -176,6 +176,7 @@ class TransferDataModule(BaseDataModule):
         self.classes: list[str] = []  # names of the K labels or box categories
         self.labels = np.zeros((0, 0), np.float32)  # (rows of the store, K)
         self.boxes: list[tuple[np.ndarray, np.ndarray]] = []  # a row: (M, 4) x0 y0 x1 y1 in store pixels, (M,) class
+        self.phrases: list[list[str]] = []  # a row: what its boxes are called, "" where only their category is known
         self._usable = np.zeros(0, bool)  # (rows of the store,) whether it has a target
         self.kept = Kept()
         self.files: list[Path] = []
@@ -254,12 +255,13 @@ class TransferDataModule(BaseDataModule):
                 raise SistaError(f"data: {self.store_path} has no boxes of {name!r}; {did_you_mean(name, known)}")
         place = {name: i for i, name in enumerate(self.classes)}
         present = np.zeros((len(parsed), len(self.classes)), np.float32)
-        self.boxes = []
+        self.boxes, self.phrases = [], []
         for row, found in enumerate(parsed):
             kept = [box for box in found if box["category"] in place]
             corners = [(box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]) for box in kept]
             kinds = np.array([place[box["category"]] for box in kept], np.int64)
             present[row, kinds] = 1
+            self.phrases.append([box.get("phrase", "") for box in kept])
             self.boxes.append((np.array(corners, np.float32).reshape(-1, 4), kinds))
         return looked, present
 

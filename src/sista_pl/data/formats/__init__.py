@@ -70,7 +70,7 @@ class Row:
         labels: 1 present, 0 absent, NaN unknown or uncertain, by finding.
         mask: path of an 8-bit mask (0 background, 127 ignore, 255 object), run lengths, or None.
         boxes: `{"category", "x", "y", "w", "h"}` in pixels of the upright image, x and y the top left corner;
-            [] says that there is none, None that nobody looked.
+            [] says that there is none, None that nobody looked; with a `"phrase"` where the release has one.
         source: "file:row" that it came from.
     """
 
@@ -177,6 +177,7 @@ from sista_pl.data.formats import (  # noqa: E402, F401  their import is their r
     chexpert,
     covidx,
     mimic_cxr,
+    ms_cxr,
     object_cxr,
     open_i,
     rsna,

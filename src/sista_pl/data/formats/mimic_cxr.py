@@ -35,6 +35,7 @@ def read_mimic_cxr(
     views: Sequence[str] | None = ("PA", "AP"),
     labels: str = "chexpert",
     test_labels: str = "same",
+    hold_out: str | Path | None = None,
 ) -> Release:
     """Read MIMIC-CXR-JPG: one row an image whose study has a report, in the official split (validate = val).
 
@@ -49,6 +50,8 @@ def read_mimic_cxr(
         labels: "chexpert" or "negbio", whose -1 (uncertain) and blank (not mentioned) become NaN, or "none".
         test_labels: "same", or "radiologist": the test split has those of `mimic-cxr-2.1.0-test-set-labeled.csv`
             (release 2.1.0), and NaN where the radiologist read no report of the study.
+        hold_out: a table whose patients take no part in training and validation, by its column `subject_id`, or by
+            `path` (files/p10/p10000032/…): MS-CXR's, whose films come from all three splits.
 
     Raises:
         SistaError: a table, a column or the reports are missing, an image id comes twice.
@@ -90,6 +93,10 @@ def read_mimic_cxr(
         for name, row in zip(wrong["dicom_id"], wrong["row"], strict=True)
     ]
     images = images[numbers.astype(bool)]
+    if hold_out is not None:
+        held = images["subject_id"].isin(_patients(Path(hold_out))) & (images["split"] != "test")
+        skipped += [(name, f"its patient is in {Path(hold_out).name}") for name in images.loc[held, "dicom_id"]]
+        images = images[~held]
 
     studies = dict(zip(images["study_id"], images["subject_id"], strict=True))
     texts = dict(_read_reports(_find_reports(root, jpg, reports, studies), studies))
@@ -119,8 +126,24 @@ def read_mimic_cxr(
             "views": None if views is None else [str(v) for v in views],
             "labels": labels,
             "test_labels": test_labels,
+            **({} if hold_out is None else {"hold_out": Path(hold_out).name}),
         },
     )
+
+
+def _patients(file: Path) -> set[str]:
+    """Return the patients that a table names."""
+    if not file.is_file():
+        raise SistaError(f"mimic_cxr: hold_out {file}: no such file; give MS_CXR_Local_Alignment_v1.1.0.csv")
+    table = read_csv(file)
+    if "subject_id" in table:
+        named = table["subject_id"]
+    else:
+        need_columns(file, list(table.columns), ["path"])
+        named = table["path"].str.extract(rf"p[0-9]{{2}}/p({_NUMBER})/", expand=False)
+    if not len(found := set(named.dropna())):
+        raise SistaError(f"{file}: its column path names no patient as files/p10/p10000032/; give subject_id")
+    return found
 
 
 def _version(jpg: Path) -> str:

@@ -5,6 +5,7 @@ from sista_pl.data.phantom.layouts import (  # noqa: F401  their import is their
     chexpert,
     covidx,
     mimic_cxr,
+    ms_cxr,
     object_cxr,
     open_i,
     rsna,

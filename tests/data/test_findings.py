@@ -140,12 +140,14 @@ def test_vectors_are_unit_rows_and_normal_is_its_own() -> None:
     assert s[0, 2] < s[0, 4] < 1
     assert s[2, 4] < 1
     assert 0.8 < s[6, 7] < 0.999
-    alone, _ = finding_vectors(texts[:4])
+    alone, fewer = finding_vectors(texts[:4])
+    assert fewer == names[: len(fewer)] == ["no finding", *KINDS], "a coordinate is the same finding in any reports"
+    assert names[len(fewer) :] == ["pleural effusion/left", "pleural effusion/right"]
     np.testing.assert_allclose(alone @ alone.T, s[:4, :4], atol=1e-6)
 
 
 def test_vectors_of_no_reports() -> None:
-    assert finding_vectors([])[0].shape == (0, 0)
+    assert finding_vectors([])[0].shape == (0, len(KINDS) + 1)
 
 
 def test_tags() -> None:

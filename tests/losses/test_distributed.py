@@ -25,6 +25,7 @@ CLIP = {"name": "clip"}
 WITHIN = {"name": "sta", "negatives": "within"}
 BATCH = {"name": "sta", "negatives": "batch", "group": B // RANKS}
 CPA = {"name": "mgca_cpa", "prototypes": 12, "dim": 5, "frozen_epochs": 0}
+FINDINGS = {"name": "findings", "prototypes": 6, "dim": 5}
 TRIAGE = {"name": "sia", "mode": "triage"}
 ONLINE = {"name": "sia", "source": "online", "delta": 0.3, "tau": 0.3}
 SIGLIP = {"name": "siglip", "semantic": True, "bias": -2.0}
@@ -57,6 +58,8 @@ CASES = {
     "mgca": [CLIP, {"name": "mgca_cta"}, CPA],
     "mgca_cta": [{"name": "mgca_cta"}],
     "mgca_cpa": [CPA],
+    "findings": [FINDINGS],
+    "findings, images alone": [CLIP, {**FINDINGS, "sides": "image"}],
     "mgca_cpa, frozen": [{**CPA, "frozen_epochs": 1}],
     "sta batch, sparsemax": [{**BATCH, "sparsity": "sparsemax"}],
     "sta patch_to_word": [{**WITHIN, "direction": "patch_to_word"}],

@@ -195,12 +195,12 @@ def finding_vectors(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         texts: N reports.
 
     Returns:
-        vectors (N, Ds) float32 unit rows, Ds <= 1024, and the names of the coordinates: "no finding", a finding, or
-        "finding/side" and "finding/zone" at less weight. Coordinates that no report uses are left out. An uncertain
-        finding counts half, and leaves half of "no finding". What is said to be absent does not count: it is where
-        normal reports differ in wording only.
+        vectors (N, Ds) float32 unit rows, Ds <= 1024, and the names of the coordinates: "no finding" and all of
+        `KINDS`, the same for any reports; then those of "finding/side" and "finding/zone", at less weight, that some
+        report uses. An uncertain finding counts half, and leaves half of "no finding". What is said to be absent does
+        not count: it is where normal reports differ in wording only.
     """
-    column: dict[str, int] = {}
+    column = {name: place for place, name in enumerate((NO_FINDING, *KINDS))}
     rows = []
     for text in texts:
         weights = _coordinates(extract_findings(text))

@@ -23,7 +23,7 @@ from sista_pl.errors import SistaError, did_you_mean
 from sista_pl.registry import Registry
 
 # Part of a cache file's name: raise it whenever a source gives other vectors for the same reports.
-VERSION = 1
+VERSION = 2
 CALIBRATIONS = ("center", "none")
 MAX_DIMENSIONS = 1024
 SAMPLE_SHAPE = (256, 1024)

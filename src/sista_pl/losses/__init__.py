@@ -9,4 +9,15 @@ from sista_pl.registry import Registry
 
 LOSSES = Registry("loss")
 
-from sista_pl.losses import boxes, gloria, instance, labels, masks, mgca, semantic, sigmoid, token  # noqa: E402, F401  registration
+from sista_pl.losses import (  # noqa: E402, F401  registration
+    boxes,
+    findings,
+    gloria,
+    instance,
+    labels,
+    masks,
+    mgca,
+    semantic,
+    sigmoid,
+    token,
+)

@@ -173,8 +173,8 @@ class PretrainTask(BaseTask):
         semantics = None
         if "semantics" in batch:
             similarity = self.trainer.datamodule.similarity
-            sample = torch.from_numpy(similarity.sample).to(batch["semantics"].device)
-            semantics = Semantics(batch["semantics"], similarity.offset, sample)
+            # the sample stays on the CPU, where thresholds are solved on it, once for each size of batch
+            semantics = Semantics(batch["semantics"], similarity.offset, torch.from_numpy(similarity.sample))
         chunk = self.hparams.grad_cache or len(batch["image"])
         image = encode_in_chunks(self.encode_image, batch["image"], chunk, self.needs_tokens)
         text = encode_in_chunks(self.encode_text, batch, chunk, self.needs_tokens)

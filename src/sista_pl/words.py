@@ -17,7 +17,7 @@ STOP_WORDS = frozenset(
     evidence examination exam film finding findings frontal history identified image images impression indication
     interval lateral likely noted note otherwise overall pa ap patient please possible possibly present prior
     probable probably radiograph radiographs recommend recommended reason report seen single stable study suggest
-    suggested suggesting technique unchanged view views visible visualized x-ray xray xxxx year old
+    suggested suggesting technique unchanged view views visible visualized x ray xray xxxx year old
     """.split()  # noqa: SIM905  a paragraph of words reads better than 160 lines
 )
 

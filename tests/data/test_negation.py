@@ -29,6 +29,10 @@ NEGATED = [
     ("Removal of the catheter.", "catheter", ""),
     ("Pneumothorax is absent.", "pneumothorax", ""),
     ("The heart is not enlarged.", "enlarged", "heart"),
+    # an adjective, not a negation
+    ("Non-calcified nodule in the right upper lobe.", "", "nodule calcified"),
+    ("Non displaced fracture of the left clavicle.", "", "fracture"),
+    ("Non-specific opacity, no effusion.", "effusion", "opacity"),
     # a scope ends
     ("No effusion. Cardiomegaly.", "effusion", "cardiomegaly"),
     ("No effusion but cardiomegaly.", "effusion", "cardiomegaly"),

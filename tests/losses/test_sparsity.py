@@ -183,6 +183,14 @@ def test_sparsemax_by_hand():
     torch.testing.assert_close(jacobian, right)
 
 
+def test_sparsemax_of_nan_is_nan_and_no_error():
+    """An overflow in half precision: the scaler of gradients skips such a step."""
+    similarity = torch.tensor([[0.1, float("nan"), 0.3], [0.1, 0.2, 0.3]])
+    found = weights("sparsemax", similarity)
+    assert found[0].isnan().any()
+    assert found[1].isfinite().all()
+
+
 def test_sparsemax_of_many_is_the_projection():
     """What the projection onto the simplex is known by: kept places lie above the threshold by their weight."""
     similarity = torch.randn(50, 300, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.05

@@ -59,6 +59,21 @@ def test_padding_costs_nothing_and_comes_out_as_zeros():
         assert torch.allclose(one, two, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_graph_gives_what_it_gives_without_one(norm, monkeypatch):
+    """Where a number of rows must not depend on the data, all rows are computed; padding is zero all the same."""
+    torch.manual_seed(0)
+    head = ProjectionHead(6, 5, out=4, hidden=8, norm=norm).eval().local
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    x, mask = torch.randn(3, 4, 5), torch.rand(3, 4) < 0.6
+    expected = head(x, mask)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = head(x, mask)
+    assert (found[~mask] == 0).all()
+    torch.testing.assert_close(found, expected)
+
+
 def test_unknown_norm():
     with pytest.raises(SistaError, match="head_norm is 'group'"):
         ProjectionHead(4, 4, norm="group")

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from sista_pl.errors import SistaError
 from sista_pl.models import TEXT_ENCODERS
-from sista_pl.models.text import from_state, sum_words, train_wordpiece
+from sista_pl.models.text import TextEncoder, from_state, small_bert, sum_words, train_wordpiece
+from sista_pl.similarity_map import content_words
 from sista_pl.words import word_id
 
 CORPUS = [
@@ -190,3 +191,26 @@ def test_too_many_layers(folder):
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(SistaError, match="that folder can't be loaded"):
         TEXT_ENCODERS.build(str(tmp_path))
+
+
+def test_models_that_count_positions_from_after_padding_take_fewer_tokens():
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaModel(config, add_pooling_layer=False)
+    encoder = TextEncoder(model, None, 32, "mean", False).eval()
+    ids = torch.full((1, 32), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "word_index": ids * 0, "word_ids": ids[:, :1]}
+    assert encoder(batch).pooled.isfinite().all(), "as many as it says do fit"
+    with pytest.raises(SistaError, match="max_tokens is 33; this model takes 4 to 32"):
+        TextEncoder(model, None, 33, "mean", False)
+
+
+def test_no_part_of_an_x_ray_names_something_to_look_for():
+    encoder = small_bert(layers=1, dim=32)
+    encoder.fit(["chest x-ray shows an effusion"] * 3)
+    ids = encoder.tokenize(["Chest X-ray: effusion"]).batch([0])["word_ids"]
+    assert ids[0][content_words(ids)[0]].tolist() == [word_id("effusion")]

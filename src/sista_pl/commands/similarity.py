@@ -233,7 +233,7 @@ def _show(result: dict[str, Any]) -> None:
     for key, name in {
         "dimensions": "dimensions",
         "offset": "offset o",
-        "repeated_studies": "studies whose text recurs",
+        "repeated_images": "texts that recur",
         "identical_pairs": "pairs with identical text",
         "equal_semantics": f"pairs with S' >= {EQUAL}",
         "median": "median S'",

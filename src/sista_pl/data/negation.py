@@ -64,7 +64,7 @@ _NEGATION = {
         "{no/without} {comparison/prior/previous}",
     ),
     "forward": _phrases(
-        "no|not|non|never|without|without evidence of|negative for|free {of/from}|{_/is /are /and }clear of|devoid of",
+        "no|not|never|without|without evidence of|negative for|free {of/from}|{_/is /are /and }clear of|devoid of",
         "absence of|absent|lack of|lacks|lacking|neither|nor|denies|denied|rather than|instead of|as opposed to",
         "resolved|{complete /_}resolution of|{interval /_}removal of|excludes|exclude|rules out|against|no longer has",
     ),

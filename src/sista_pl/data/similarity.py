@@ -1,7 +1,8 @@
 """How alike two reports are: a unit vector for each distinct report, and the figures that calibrate their products.
 
-N distinct reports, M training studies, Ds semantic dimension. S = r rᵀ, calibrated S' = (S - o) / (1 - o), so that two
-unrelated training studies have about 0 and two equal ones 1.
+N distinct reports, M training images, Ds semantic dimension. S = r rᵀ, calibrated S' = (S - o) / (1 - o), so that two
+unrelated images have about 0 and two of equal reports 1. Images are counted, as batches hold them: a study of two
+frontal films has two, with one report.
 """
 
 from __future__ import annotations
@@ -114,38 +115,23 @@ class FrozenText:
 
     def vectors(self, reports: Sequence[str], train: np.ndarray) -> np.ndarray:
         import torch
-        from transformers import AutoModel, AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            model = AutoModel.from_pretrained(self.model).eval()
-        except (OSError, ValueError) as why:
+        from sista_pl.models.text import hugging_face
+
+        encoder = hugging_face(self.model, pooling=self.pooling, max_tokens=self.max_tokens, frozen=True)
+        if encoder.dim > MAX_DIMENSIONS:
             raise SistaError(
-                f"similarity source 'frozen_text': cannot load {self.model!r}: {str(why).splitlines()[0]}; "
-                "without a network give `model:` a local folder that save_pretrained wrote (config, weights, tokenizer)"
-            ) from None
-        if model.config.hidden_size > MAX_DIMENSIONS:
-            raise SistaError(
-                f"similarity source 'frozen_text': {self.model!r} has {model.config.hidden_size} dimensions; "
+                f"similarity source 'frozen_text': {self.model!r} has {encoder.dim} dimensions; "
                 f"choose an encoder with at most {MAX_DIMENSIONS}"
             )
-        rows = np.empty((len(reports), model.config.hidden_size), dtype=np.float32)
+        rows = np.empty((len(reports), encoder.dim), dtype=np.float32)
+        table = encoder.tokenize(reports)
         # Reports of like length together: less padding.
         order = sorted(range(len(reports)), key=lambda i: len(reports[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            tokens = tokenizer(
-                [reports[i] for i in batch],
-                padding=True,
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-            )
-            with torch.inference_mode():
-                hidden = model(**tokens).last_hidden_state  # B L D
-            mask = tokens["attention_mask"][..., None]
-            pooled = hidden[:, 0] if self.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
-            rows[batch] = pooled.float().numpy()
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                rows[batch] = encoder(table.batch(batch)).pooled.numpy()
         return _unit(rows)
 
     def fingerprint(self) -> str:
@@ -160,9 +146,10 @@ class FrozenText:
 
 @SOURCES.register("permuted")
 class Permuted:
-    """A negative control, not for use: the vectors of another source, each given to another report.
+    """A negative control, not for use: the vectors of another source, each given to another text.
 
-    As many reports are alike as before, and as much, but not those that say the same.
+    As many texts are alike as before, and as much, but not those that say the same. Studies of one and the same text
+    stay alike: they have one vector, whichever it is.
 
     Args:
         of: the other source, a name or a mapping with `name` and its arguments.
@@ -174,7 +161,11 @@ class Permuted:
         self.seed = seed
 
     def vectors(self, reports: Sequence[str], train: np.ndarray) -> np.ndarray:
-        return np.asarray(self.of.vectors(reports, train))[np.random.default_rng(self.seed).permutation(len(reports))]
+        ring = np.random.default_rng(self.seed).permutation(len(reports))  # each gets its successor's, none its own
+        vectors = np.asarray(self.of.vectors(reports, train))
+        moved = np.empty_like(vectors)
+        moved[ring] = vectors[np.roll(ring, -1)]
+        return moved
 
     def fingerprint(self) -> str:
         return self.of.fingerprint()
@@ -186,12 +177,12 @@ class Similarity:
 
     Args:
         vectors: (N, Ds) float32 unit rows, one a distinct report.
-        offset: mean S of two different training studies; 0 where calibration is "none".
-        sample: (<= 256, <= 1024) float32 calibrated similarities S' of training studies to other training studies.
+        offset: mean S of two different training images; 0 where calibration is "none".
+        sample: (<= 256, <= 1024) float32 calibrated similarities S' of training images to other training images.
         source: name of the source.
         calibration: "center" or "none".
-        identical_pairs: share of pairs of training studies that have the same text.
-        repeated_studies: share of training studies whose text another one has too.
+        identical_pairs: share of pairs of training images that have the same text.
+        repeated_images: share of training images whose text another one has, too.
     """
 
     vectors: np.ndarray
@@ -200,7 +191,7 @@ class Similarity:
     source: str
     calibration: str
     identical_pairs: float
-    repeated_studies: float
+    repeated_images: float
 
     def report(self) -> dict[str, Any]:
         """Return plain figures, fit for JSON: offset, shares of equal reports, median and quantiles of S'."""
@@ -212,7 +203,7 @@ class Similarity:
             "dimensions": self.vectors.shape[1],
             "offset": self.offset,
             "identical_pairs": self.identical_pairs,
-            "repeated_studies": self.repeated_studies,
+            "repeated_images": self.repeated_images,
             "equal_semantics": float((self.sample >= EQUAL).mean()),
             "median": quantiles[_QUANTILES.index(0.5)],
             "quantiles": dict(zip((str(q) for q in _QUANTILES), quantiles, strict=True)),
@@ -231,23 +222,23 @@ def fit_similarity(
 
     Args:
         reports: the N distinct texts of all splits.
-        train: (M,) int, the text of each training study as an index into `reports`; repeats as they occur. Whatever is
+        train: (M,) int, the text of each training image as an index into `reports`; repeats as they occur. Whatever is
             fitted (vocabulary, offset, sample) is fitted on these.
         source: a name in `SOURCES`, or a mapping with `name` and its arguments.
-        calibration: "center" takes o = (‖Σr‖² - M) / (M (M - 1)), the mean S of two different training studies;
+        calibration: "center" takes o = (‖Σr‖² - M) / (M (M - 1)), the mean S of two different training images;
             "none" takes 0.
         seed: of the SVD and of the sample.
         cache: folder where the result is kept and looked up; None for no cache.
 
     Raises:
-        SistaError: unknown source, argument or calibration; fewer than two training studies; an index out of range;
+        SistaError: unknown source, argument or calibration; fewer than two training images; an index out of range;
             training reports that are all alike, which no calibration can part.
     """
     train = np.asarray(train)
     if calibration not in CALIBRATIONS:
         raise SistaError(f"similarity calibration {calibration!r}: unknown; {did_you_mean(calibration, CALIBRATIONS)}")
     if len(train) < 2:
-        raise SistaError(f"report similarity: {len(train)} training studies; at least two are needed to compare")
+        raise SistaError(f"report similarity: {len(train)} training images; at least two are needed to compare")
     if train.min() < 0 or train.max() >= len(reports):
         raise SistaError(
             f"report similarity: training index {train.max()} for {len(reports)} reports; give indices into them"
@@ -262,10 +253,10 @@ def fit_similarity(
             return stored
     vectors = _checked(built.vectors(reports, train), len(reports), name)
     counts = np.bincount(train, minlength=len(reports)).astype(np.float64)
-    studies = counts.sum()
+    images = counts.sum()
     offset = 0.0
     if calibration == "center":
-        offset = float((np.square(_weighted_sum(vectors, counts)).sum() - studies) / (studies * (studies - 1)))
+        offset = float((np.square(_weighted_sum(vectors, counts)).sum() - images) / (images * (images - 1)))
         if offset > 1 - 1e-6:
             raise SistaError(
                 f"report similarity {name!r}: all training reports are alike to it; "
@@ -277,8 +268,8 @@ def fit_similarity(
         sample=(_sample(vectors, train, seed) - np.float32(offset)) / np.float32(1 - offset),
         source=name,
         calibration=calibration,
-        identical_pairs=float((np.square(counts).sum() - studies) / (studies * (studies - 1))),
-        repeated_studies=float(counts[counts > 1].sum() / studies),
+        identical_pairs=float((np.square(counts).sum() - images) / (images * (images - 1))),
+        repeated_images=float(counts[counts > 1].sum() / images),
     )
     if path is not None:
         _save(similarity, path)
@@ -312,12 +303,12 @@ def _checked(vectors: np.ndarray, n: int, name: str) -> np.ndarray:
 
 
 def _sample(vectors: np.ndarray, train: np.ndarray, seed: int) -> np.ndarray:
-    """Return S of up to 256 training studies to up to 1024 others each, without replacement."""
-    rng, studies = np.random.default_rng(seed), len(train)
-    anchors = rng.choice(studies, min(SAMPLE_SHAPE[0], studies), replace=False)
-    sample = np.empty((len(anchors), min(SAMPLE_SHAPE[1], studies - 1)), dtype=np.float32)
+    """Return S of up to 256 training images to up to 1024 others each, without replacement."""
+    rng, images = np.random.default_rng(seed), len(train)
+    anchors = rng.choice(images, min(SAMPLE_SHAPE[0], images), replace=False)
+    sample = np.empty((len(anchors), min(SAMPLE_SHAPE[1], images - 1)), dtype=np.float32)
     for row, anchor in zip(sample, anchors, strict=True):
-        others = (anchor + 1 + rng.choice(studies - 1, len(row), replace=False)) % studies
+        others = (anchor + 1 + rng.choice(images - 1, len(row), replace=False)) % images
         row[:] = vectors[train[others]] @ vectors[train[anchor]]
     return sample
 

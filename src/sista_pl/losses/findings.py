@@ -21,11 +21,11 @@ class FindingPrototypes(nn.Module):
     """What a report says is there, predicted from its image and from itself, by prototypes that both sides share.
 
     With unit v, t and K prototypes C (rows normalised in each step, inside `forward`), r the first K coordinates of the
-    report's semantic vector and y = r² / Σ r², in which "no finding" has little beside a finding: ½ [sCE(v Cᵀ / temperature, y) + sCE(t Cᵀ / temperature, y)]. Two reports are alike as far as they
-    share findings, where `sia` asks whether they are alike as a whole, and most pairs that share one are not. The
-    softmax with equal parts for each of several labels is that of Mahajan et al. 2018 (arXiv 1805.00932), who found it
-    ahead of a sigmoid each. It is no part of the SISTA paper (Bui et al., arXiv 2601.08165); no label is used but what
-    the report says.
+    report's semantic vector and y = r² / Σ r², in which "no finding" has little beside a finding:
+    ½ [sCE(v Cᵀ / temperature, y) + sCE(t Cᵀ / temperature, y)]. Two reports are alike as far as they share findings,
+    where `sia` asks whether they are alike as a whole, and most pairs that share one are not. The softmax with equal
+    parts for each of several labels is that of Mahajan et al. 2018 (arXiv 1805.00932), who found it ahead of a sigmoid
+    each. It is no part of the SISTA paper (Bui et al., arXiv 2601.08165); no label is used but what the report says.
 
     Logs `image_accuracy` and `text_accuracy`: how often the nearest prototype is of one of the report's own findings,
     those with at least half of the largest share of y.
@@ -44,9 +44,7 @@ class FindingPrototypes(nn.Module):
 
     needs_tokens = False
 
-    def __init__(
-        self, sides: str = "both", temperature: float = 0.1, prototypes: int = len(KINDS) + 1, dim: int = 128
-    ):
+    def __init__(self, sides: str = "both", temperature: float = 0.1, prototypes: int = len(KINDS) + 1, dim: int = 128):
         super().__init__()
         self.sides = choice("findings", "sides", sides, ("both", "image"))
         self.temperature = number("findings", "temperature", temperature, 0, above=True)

@@ -97,8 +97,9 @@ def clipped(attention: Tensor, used: Tensor) -> Tensor:
         (B, N) without gradient, 0 where not used; rows sum to 1, or to 0 where nothing is used or all weights are 0.
     """
     weights = at_least_float32(attention.detach())
-    bounds = weights.masked_fill(~used, torch.nan).nanquantile(weights.new_tensor([LOW, HIGH]), dim=1, keepdim=True)
-    weights = weights.clamp(*bounds).masked_fill(~used, 0)
+    known = weights.masked_fill(~used, torch.nan)
+    low, high = (known.nanquantile(share, dim=1, keepdim=True) for share in (LOW, HIGH))
+    weights = weights.clamp(low, high).masked_fill(~used, 0)
     return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 

@@ -315,9 +315,9 @@ class SemanticInstanceAlignment(nn.Module):
         if self.mode == "triage":
             diagnostics["ignored"] /= max(n - 1, 1)
         else:
-            diagnostics["delta"] = loss.new_tensor(delta)
+            diagnostics["delta"] = loss.new_full((), delta)
         if self.mode == "soft":
-            diagnostics["tau"] = loss.new_tensor(tau)
+            diagnostics["tau"] = loss.new_full((), tau)
         if isinstance(reports.offset, Tensor):
             diagnostics["ema_center"] = reports.offset
         return loss, diagnostics

@@ -99,4 +99,4 @@ class Siglip(nn.Module):
                     loss[block.rows] += softplus(flip(z, block, alike)).sum(1)
             value = logits.attach(loss.mean(), slope, 1 / len(loss))
         diagnostics = tell({**logs.value, "accuracy": winners.value()}) | {"bias": self.bias.detach().clone()}
-        return value, diagnostics | {"delta": value.detach().new_tensor(delta)} if reports else diagnostics
+        return value, diagnostics | {"delta": value.detach().new_full((), delta)} if reports else diagnostics

@@ -129,7 +129,7 @@ def sparsemax_weights(similarity: Tensor, valid: Tensor | None = None, temperatu
         ordered = z.sort(dim=-1, descending=True).values
         place = torch.arange(1, z.shape[-1] + 1, device=z.device)
         total = ordered.cumsum(-1)
-        count = (1 + place * ordered > total).sum(-1, keepdim=True)
+        count = (1 + place * ordered > total).sum(-1, keepdim=True).clamp_min(1)  # 0 of NaN
         support = z > (total.gather(-1, count - 1) - 1) / count
     # given the support, the threshold is a mean: the gradient needs no sorting
     threshold = ((z * support).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)

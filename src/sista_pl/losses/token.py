@@ -192,9 +192,9 @@ class SparseTokenAlignment(nn.Module):
         count = words.used.sum()
         contested = words.used & found.contested
         return self._reduce(found.loss, words.used), {
-            "kept_patches": found.kept[words.used].sum() / count.clamp_min(1),
+            "kept_patches": (found.kept * words.used).sum() / count.clamp_min(1),
             "words": count / len(patches),
-            "token_accuracy": found.hit[contested].sum() / contested.sum().clamp_min(1),
+            "token_accuracy": (found.hit * contested).sum() / contested.sum().clamp_min(1),
         }
 
     def _patch_to_word(self, words: Words, patches: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -214,9 +214,9 @@ class SparseTokenAlignment(nn.Module):
         spoken = count > 0
         reports = spoken.sum().clamp_min(1)
         return global_mean(loss.mean(1), spoken), {
-            "kept_words": ((weights > 0).sum(2).float().mean(1) / count.clamp_min(1))[spoken].sum() / reports,
+            "kept_words": ((weights > 0).sum(2).float().mean(1) / count.clamp_min(1) * spoken).sum() / reports,
             "words": said / len(patches),
-            "patch_accuracy": hit.mean(1)[spoken].sum() / reports,
+            "patch_accuracy": (hit.mean(1) * spoken).sum() / reports,
         }
 
     def _words(self, text: Features) -> Words:

@@ -89,8 +89,10 @@ class Projection(nn.Module):
         self.outer_norm = NORMS[norm](out, affine=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None or torch.compiler.is_compiling():  # a graph has no number of rows that the data decide
-            return self._project(x, mask)
+        if mask is None:
+            return self._project(x)
+        if torch.compiler.is_compiling():  # a graph has no number of rows that the data decide
+            return self._project(x, mask) * mask.unsqueeze(-1)
         found = self._project(x[mask])
         return found.new_zeros(*mask.shape, found.shape[-1]).index_put((mask,), found)
 

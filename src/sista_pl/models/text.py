@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise SistaError(f"text encoder: pooling is {pooling!r}; write cls or mean")
-        longest = getattr(model.config, "max_position_embeddings", max_tokens)
+        longest = _longest(model, max_tokens)
         if not 4 <= max_tokens <= longest:
             raise SistaError(f"text encoder: max_tokens is {max_tokens}; this model takes 4 to {longest}")
         self.model, self.tokenizer = model, tokenizer
@@ -123,9 +123,11 @@ class TextEncoder(nn.Module):
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Run the model over a batch in parts of like length, each as long as its own longest report: (B, T, D).
 
-        Padding is computed like words; a batch as long as its longest report is mostly padding.
+        Padding is computed like words; a batch as long as its longest report is mostly padding. On an accelerator it
+        is one call: the lengths would have to be waited for.
         """
-        if self.needs_attention or torch.compiler.is_compiling():  # whose weights, and whose graph, are of one call
+        whole = self.needs_attention or torch.compiler.is_compiling()  # whose weights, and whose graph, are of one call
+        if whole or ids.device.type != "cpu":
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)  # after the last real token
         order = ends.argsort()
@@ -237,6 +239,13 @@ def hugging_face(
             f"text encoder {name!r}: its weights lack {len(lost)} tensors (first: {lost[0]}); is it of this model?"
         )
     return TextEncoder(without_pooler(model), tokenizer, max_tokens, pooling, frozen)
+
+
+def _longest(model: nn.Module, otherwise: int) -> int:
+    """Return how many tokens a model takes; those of RoBERTa's kind count positions from after their padding's."""
+    positions = next((m for name, m in model.named_modules() if name.endswith("position_embeddings")), None)
+    first = getattr(positions, "padding_idx", None)
+    return getattr(model.config, "max_position_embeddings", otherwise) - (0 if first is None else first + 1)
 
 
 def without_pooler(model: nn.Module) -> nn.Module:

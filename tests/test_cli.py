@@ -1,6 +1,7 @@
 """The command: light verbs stay light, configurations are found by name, mistakes are one line and exit code 2."""
 
 import importlib
+import re
 import sqlite3
 import subprocess
 import sys
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from sista_pl import packaged
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
-from sista_pl.lightning_cli import explain
+from sista_pl.lightning_cli import SistaCLI, explain
 
 
 def run(capsys, *argv):
@@ -169,6 +171,37 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, workdir, argv, line):
         assert line in message[0]
     assert not (workdir / "runs").exists()
     assert not (workdir / "datasets").exists()
+
+
+def test_the_configuration_of_a_run_brings_its_own_best_checkpoint(capsys, workdir, monkeypatch):
+    _, out, _ = run(capsys, "fit", "--config", "pretrain.yaml", "--print_config")
+    for name in ("0001", "0002", "0003"):
+        (workdir / "runs/demo" / name / "checkpoints").mkdir(parents=True)
+        # as a run has it that was resumed by a version that kept this
+        resumed = re.sub(
+            "^ckpt_path: .*", f"ckpt_path: runs/demo/{name}/checkpoints/last.ckpt", out, flags=re.MULTILINE
+        )
+        assert "last.ckpt" in resumed
+        (workdir / "runs/demo" / name / "config.yaml").write_text(resumed)
+        for which in ("best", "last") if name != "0003" else ("last",):
+            path = workdir / "runs/demo" / name / "checkpoints" / f"{which}.ckpt"
+            torch.save({"state_dict": {}, "hyper_parameters": {}, "task": "PretrainTask"}, path)
+
+    def stop(cli):
+        raise SistaError(f"{cli.run_name} {cli.config[cli.subcommand].ckpt_path}")
+
+    monkeypatch.setattr(SistaCLI, "instantiate_classes", stop)
+    for verb in ("test", "predict"):
+        _, out, err = run(capsys, verb, "--config", "runs/demo/0001/config.yaml")
+        assert "checkpoint: runs/demo/0001/checkpoints/best.ckpt" in out
+        assert err == "sista: demo runs/demo/0001/checkpoints/best.ckpt\n"
+    other = "runs/demo/0002/checkpoints/last.ckpt"
+    given = ["test", "--config", "runs/demo/0001/config.yaml", f"--ckpt_path={other}"]
+    assert run(capsys, *given)[2] == f"sista: demo {other}\n"
+    code, _, err = run(capsys, "test", "--config", "runs/demo/0003/config.yaml")
+    assert (code, err) == (
+        2, "sista: runs/demo/0003: the run has no best checkpoint; fit it again, or give --ckpt_path FILE\n",
+    )  # fmt: skip
 
 
 def test_two_classes_of_one_name_are_told_apart(capsys, workdir, monkeypatch):

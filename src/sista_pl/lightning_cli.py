@@ -185,6 +185,11 @@ class SistaCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.run_name = config.name or _first_config(sys.argv[1:])
         root, wanted = Path(config.run_root), config.get("ckpt_path")
+        own = None
+        if self.subcommand != "fit" and not any(word.partition("=")[0] == "--ckpt_path" for word in sys.argv):
+            own = _run_of_config(sys.argv[1:])
+        if own is not None:  # its config.yaml may name the checkpoint that the run itself went on from
+            wanted = config.ckpt_path = None
         if self.subcommand == "fit" and wanted == "auto":
             wanted = "last" if runs.unfinished(root, self.run_name) else None
             config.ckpt_path = wanted
@@ -198,7 +203,8 @@ class SistaCLI(LightningCLI):
             pass
         elif wanted in (None, "best", "last"):
             which = wanted or "best"
-            config.ckpt_path = str(runs.find_checkpoint(root, self.run_name, which))
+            found = runs.find_checkpoint(root, self.run_name, which) if own is None else _best_of(own)
+            config.ckpt_path = str(found)
             print(f"checkpoint: {config.ckpt_path}")
         elif not Path(wanted).is_file():
             raise SistaError(
@@ -267,7 +273,10 @@ class SistaCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
-        dump = _without_passwords(self._parser(self.subcommand).dump(config, skip_none=False), config)
+        kept = config.clone()
+        if self.resumed is not None:  # the run's own checkpoint, which is no part of how the run is made again
+            kept.ckpt_path = None
+        dump = _without_passwords(self._parser(self.subcommand).dump(kept, skip_none=False), config)
         folder = RunFolder(Path(config.run_root), self.run_name, dump, self.resumed, config.privacy)
         callbacks: list[Any] = [folder, ExactResume(), DataWait(), Results(folder)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
@@ -363,14 +372,36 @@ def _useful(record: logging.LogRecord) -> bool:
 
 def _first_config(argv: Sequence[str]) -> str:
     """Return the stem of the first `--config`, of a run's config.yaml the run's name; jsonargparse keeps neither."""
+    run, path = _run_of_config(argv), _config(argv)
+    if run is not None:
+        return run.absolute().parent.name
+    return "run" if path is None else path.stem
+
+
+def _config(argv: Sequence[str]) -> Path | None:
+    """Return what the first `--config` names."""
     for i, argument in enumerate(argv):
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
-            path = Path(value or argv[i + 1])
-            kept = (path.parent / runs.CHECKPOINTS, path.parent / "test")  # an evaluation has no checkpoints
-            of_a_run = path.name == "config.yaml" and any(folder.is_dir() for folder in kept)
-            return path.absolute().parent.parent.name if of_a_run else path.stem
-    return "run"
+            return Path(value or argv[i + 1])
+    return None
+
+
+def _run_of_config(argv: Sequence[str]) -> Path | None:
+    """Return the folder of the run whose own config.yaml is the first `--config`, or None."""
+    path = _config(argv)
+    if path is None or path.name != "config.yaml":
+        return None
+    # a run that was stopped early has no checkpoints yet, an evaluation never has any
+    kept = (runs.CHECKPOINTS, "test", "mlflow_run_id")
+    return path.parent if any((path.parent / name).exists() for name in kept) else None
+
+
+def _best_of(run: Path) -> Path:
+    best = run / runs.CHECKPOINTS / "best.ckpt"
+    if not best.is_file():
+        raise SistaError(f"{run}: the run has no best checkpoint; fit it again, or give --ckpt_path FILE")
+    return best
 
 
 def _packaged_groups(argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """A sweep's file, its cells and what it remembers of them."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from sista_pl import packaged
 from sista_pl.book import Book, mixed
 from sista_pl.cli import main
 from sista_pl.errors import SistaError
+from sista_pl.report.swept import Swept, write_plan
+from sista_pl.stored import find_runs
 from sista_pl.sweep import Cell, read_sweep
 from sista_pl.tuning import Tuning
 
@@ -36,11 +39,11 @@ def file(tmp_path) -> Path:
     return path
 
 
-def finish(book: Book, sweep, cell: Cell, value: float = 0.5, code: str = "0a1b2c") -> None:
+def finish(book: Book, sweep, cell: Cell, value: float = 0.5, code: str = "0a1b2c", weights: bytes = b"") -> None:
     """Put down what the commands of a cell would leave."""
     run = book.runs / cell.name / "0001"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "best.ckpt").touch()
+    (run / "checkpoints" / "best.ckpt").write_bytes(weights)
     (run / "test").mkdir()
     figure = {"value": value, "interval95": [value - 0.1, value + 0.1], "n": 9}
     (run / "test" / "metrics.json").write_text(
@@ -209,6 +212,73 @@ def test_a_finished_cell_is_not_made_again_and_not_taken_for_another(file, tmp_p
         book.done(read_sweep(str(file)), cell)
 
 
+def test_a_task_on_an_encoder_that_was_made_again_is_refused(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    cell, task, other = Cell("clip", 0), Cell("clip", 0, "siim", 1.0), Cell("clip", 0, "siim", 0.1)
+    for each in (cell, task):
+        finish(book, sweep, each)
+    book.begin(sweep, other)
+    (book.runs / other.name / "0001/checkpoints").mkdir(parents=True)
+    (book.runs / other.name / "0001/checkpoints/last.ckpt").touch()
+    for weights in (b"", b"other"):
+        assert book.done(sweep, task)
+        assert book.begin(sweep, other)
+        book.mark(cell).unlink()
+        shutil.rmtree(book.runs / cell.name)
+        finish(book, sweep, cell, weights=weights)
+    said = r"{} in .* was made on another encoder than clip-0 has now; .* delete .*/{}/{}.json and .*/{} to make"
+    with pytest.raises(SistaError, match=said.format(task.name, "done", task.name, task.name)):
+        book.done(sweep, task)
+    with pytest.raises(SistaError, match=said.format(other.name, "begun", other.name, other.name)):
+        book.begin(sweep, other)
+
+
+def test_a_cell_whose_configurations_say_something_else_now_is_refused(file, tmp_path):
+    mine, data = tmp_path / "method.yaml", tmp_path / "data/part.yaml"
+    file.write_text(SWEEP.replace("method/clip.yaml", str(mine)))
+    mine.write_text("model: {init_args: {temperature: 0.1}}\ndata: data/part.yaml\n")
+    data.parent.mkdir()
+    data.write_text("init_args: {size: 64}\n")
+    sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("clip", 0)
+    book.begin(sweep, cell)
+    data.write_text("init_args: {size: 80}\n")  # what was begun counts, not what is said at the end
+    finish(book, sweep, cell)
+    said = rf"clip-0 in .* was made when {data} said something else; .*/clip-0, and of its tasks, clip-0-\*, both, to"
+    with pytest.raises(SistaError, match=said):
+        book.done(sweep, cell)
+    data.write_text("# with a comment\ninit_args: {size: 64}\n")
+    assert book.done(sweep, cell)
+    mine.write_text(mine.read_text().replace("0.1", "0.2"))
+    with pytest.raises(SistaError, match=f"when {mine} said something else"):
+        book.done(sweep, cell)
+    told = json.loads(book.mark(cell).read_text())["configs"]
+    assert set(told) == {"pretrain.yaml", "data/phantom_mimic_cxr.yaml", str(mine), str(data)}
+    mine.write_text("model: {")
+    with pytest.raises(SistaError, match=r"method\.yaml: not YAML"):
+        book.done(sweep, cell)
+
+
+def test_a_configuration_that_an_option_names_is_kept_too(file, tmp_path):
+    file.write_text(SWEEP.replace("data.augment: false", "data: data/siim.yaml"))
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    assert "data/siim.yaml" in book.facts(sweep, Cell("clip", 0))["configs"]
+
+
+def test_a_mark_of_before_configurations_and_encoders_were_kept(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    cell, task = Cell("clip", 0), Cell("clip", 0, "siim", 1.0)
+    for each in (cell, task):
+        finish(book, sweep, each)
+        told = json.loads(book.mark(each).read_text())
+        book.mark(each).write_text(json.dumps({"commands": told["commands"], "seconds": 1.0}))
+        assert book.done(sweep, each)
+    book.mark(cell).unlink()
+    shutil.rmtree(book.runs / cell.name)
+    finish(book, sweep, cell)
+    with pytest.raises(SistaError, match=r"clip-0-siim-1 in .* was made on another encoder than clip-0 has now"):
+        book.done(sweep, task)
+
+
 def test_a_sweep_that_was_moved_goes_on(file, tmp_path):
     sweep, cell, task = read_sweep(str(file)), Cell("clip", 0), Cell("clip", 0, "siim", 1.0)
     book = Book(tmp_path / "out")
@@ -233,6 +303,31 @@ def test_a_cell_that_was_stopped_does_not_go_on_by_other_commands(file, tmp_path
         book.begin(read_sweep(str(file)), cell)
 
 
+def test_a_training_that_nothing_says_the_commands_of_does_not_go_on(file, tmp_path):
+    sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("clip", 0)
+    checkpoints = book.runs / "clip-0/0001/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.ckpt").touch()
+    with pytest.raises(SistaError, match=r"/clip-0 has a training that was stopped, and no .*/begun/clip-0.json says"):
+        book.begin(sweep, cell)
+
+
+def test_a_cell_that_another_process_is_at_is_not_begun(file, tmp_path):
+    sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("clip", 0)
+    book.begin(sweep, cell)
+    begun = (book.root / "begun/clip-0.json").read_text()
+    file.write_text(SWEEP.replace("0.002", "0.5"))
+    with book.lock(cell).open("w") as lock:  # as whoever runs its commands has
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SistaError, match=r"another process is at work on clip-0 .*; wait until it has ended"):
+            book.begin(read_sweep(str(file)), cell)
+    assert (book.root / "begun/clip-0.json").read_text() == begun
+    with book.alone(cell):
+        with book.alone(Cell("clip", 7)), pytest.raises(SistaError, match="another process is at work on clip-0 "):
+            book.alone(cell).__enter__()
+        assert not book.begin(sweep, cell)  # its own sweep does
+
+
 def test_the_time_of_a_cell_is_that_of_all_its_sittings_as_far_as_they_were_kept(file, tmp_path):
     sweep, book, cell = read_sweep(str(file)), Book(tmp_path / "out"), Cell("clip", 0)
     last = book.runs / "clip-0/0001/checkpoints/last.ckpt"
@@ -253,6 +348,29 @@ def test_a_cell_whose_run_was_removed_is_made_again(file, tmp_path):
     shutil.rmtree(book.runs / cell.name)
     assert not book.done(sweep, cell)
     assert book.table(sweep).empty
+
+
+def test_a_cell_whose_test_was_removed_is_done_nowhere(file, tmp_path):
+    sweep, book = read_sweep(str(file)), Book(tmp_path / "out")
+    cells = [Cell("clip", 0), Cell("clip", 0, "siim", 1.0)]
+    write_plan(book.root, sweep)
+    for cell in cells:
+        finish(book, sweep, cell)
+        shutil.copytree(book.runs / cell.name / "0001", book.runs / cell.name / "0002")
+        (book.runs / cell.name / "0002/test/metrics.json").unlink()  # as a test leaves it that was killed
+    swept = Swept.open(book.root)
+    assert swept.done == cells
+    assert [swept.run(cell).name for cell in cells] == ["0001", "0001"]
+    assert len(book.table(sweep)) == 2
+    (run,), _ = find_runs({"clip": f"{book.runs}/clip-0-siim-1"})
+    assert run.file == book.runs / "clip-0-siim-1/0001/test/predictions.parquet"
+    for cell in cells:
+        shutil.rmtree(book.runs / cell.name / "0001/test")
+        assert not book.is_done(cell)
+    assert Swept.open(book.root).done == []
+    assert book.table(sweep).empty
+    with pytest.raises(SistaError, match=r"clip-0-siim-1 has no test/predictions.parquet; .*\(test/metrics.json\)"):
+        find_runs({"clip": f"{book.runs}/clip-0-siim-1"})
 
 
 @pytest.mark.parametrize("root", [".", "o", "/"])
@@ -365,14 +483,20 @@ def test_the_setting_of_the_highest_validation_figure_is_for_all_seeds(file, tmp
 
 
 def test_a_report_is_told_the_budget_and_shows_no_cell_that_only_chooses(file, tmp_path):
-    from sista_pl.report.swept import Swept, write_plan
-
     file.write_text(SWEEP.replace("seeds:", TUNE))
     sweep = read_sweep(str(file))
     write_plan(tmp_path / "out", sweep)
     swept = Swept.open(tmp_path / "out")
     assert swept.tuning == sweep.tune.told()
     assert [cell.name for cell in swept.wanted] == [c.name for c in sweep.cells() if c.setting is None]
+    for cell in swept.tried[:2]:  # what was computed is counted, of these too
+        end(swept.book, cell, 0.5)
+        swept.book.finish(sweep, cell, 3.0)
+    swept = Swept.open(tmp_path / "out")
+    assert set(swept.cells) == set(sweep.cells())
+    assert [cell.name for cell, done in swept.cells.items() if done] == ["clip-tune0", "clip-tune0-siim-0.1"]
+    assert swept.done == []
+    assert swept.seconds == 6.0
 
 
 def test_a_loss_can_not_choose(file, tmp_path):
@@ -403,6 +527,8 @@ def test_a_loss_can_not_choose(file, tmp_path):
         ("siim: {", "siim: {subsets: 10, ", r"siim: subsets is 10; give of a task"),
         ("siim: {", "siim: {subsets: {1.0: 2}, ", r"subsets is \{1.0: 2\}; give of a task"),
         ("siim: {", "siim: {subsets: {0.1: 0}, ", r"subsets is \{0.1: 0\}; give of a task"),
+        ("siim: {", "siim: {subsets: {0.1: 3, 0.5: 2}, ", r"siim: subsets is of 0.5, .* its fractions \[0.1, 1.0\]"),
+        ("fractions: [0.01]", "fractions: [0.01], subsets: {0.1: 2}", r"subsets is of 0.1, .* its fractions \[0.01\]"),
         ("fractions: [0.01]", "fits: false, subsets: {0.1: 2}", "give of a task that is fitted"),
         ("[0, 7]", "[0, 10000]", "give whole numbers under 10000"),
         ("[0, 7]", "[0, 0]", "give each once"),

@@ -204,10 +204,11 @@ class Results(Callback):
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
         intervals = task.report("test")
-        path = self._write(trainer, task, {"test": figures, "intervals": intervals}, "test/metrics.json")
+        (folder / "metrics.json").unlink(missing_ok=True)  # it comes last: what it stands beside is of the same test
         phantom = getattr(getattr(trainer.datamodule, "store", None), "phantom", False)
         for file in task.write_test(folder, PHANTOM if phantom else ""):
             tracking.publish(trainer, file, file.parent.relative_to(self.folder.path).as_posix())
+        path = self._write(trainer, task, {"test": figures, "intervals": intervals}, "test/metrics.json")
         _show(intervals)
         Console().print(f"metrics: {path}", soft_wrap=True)
 

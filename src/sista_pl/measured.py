@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from pytorch_lightning.utilities import rank_zero_info
 
+from sista_pl.atomic import writing
 from sista_pl.errors import SistaError
 from sista_pl.metrics.bootstrap import intervals
 from sista_pl.predictions import Predicted, Predictions
@@ -97,7 +98,8 @@ class MeasuredTask(BaseTask):
         found, manifest = self.predicted, self.trainer.datamodule.store.manifest
         ids = {name: manifest[name].to_numpy()[found.rows] for name in ("image_id", "patient_id")}
         table = folder / "predictions.parquet"
-        pd.DataFrame({**ids, **self.table(found)}).to_parquet(table, index=False)
+        with writing(table) as partial:
+            pd.DataFrame({**ids, **self.table(found)}).to_parquet(partial, index=False)
         self.draw(found, self.family(found, "test"), folder / "pictures", notice)
         return [table, *sorted((folder / "pictures").glob("*.png"))]
 

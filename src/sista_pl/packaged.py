@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import posixpath
+from collections.abc import Iterator
+from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from sista_pl import plugins
 from sista_pl.errors import SistaError, did_you_mean
@@ -58,3 +66,42 @@ def find(name: str) -> Path:
         if candidate in known:
             return known[candidate]
     raise SistaError(f"config {name!r}: no such file and no packaged configuration; {did_you_mean(name, known)}")
+
+
+def said(name: str) -> dict[str, str]:
+    """Return by name the SHA-256 of what a configuration says, comments left out, and each that it refers to.
+
+    One refers to another as `data: data/x.yaml`, seen from its own folder.
+
+    Raises:
+        SistaError: no such file, or not YAML.
+    """
+    found: dict[str, str] = {}
+    todo = [(name, Path(name) if Path(name).is_file() else _installed(name))]
+    while todo:
+        name, path = todo.pop()
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as why:
+            raise SistaError(f"config {path}: not YAML: {' '.join(str(why).split())[:200]}; check that place") from None
+        found[name] = sha256(json.dumps(given, default=str).encode()).hexdigest()
+        for word in _words(given):
+            other = posixpath.normpath(posixpath.join(posixpath.dirname(name), word))
+            if word.endswith(".yaml") and other not in found and (path.parent / word).is_file():
+                todo.append((other, path.parent / word))
+    return found
+
+
+@cache
+def _installed(name: str) -> Path:
+    """`find` a packaged configuration: it is where it is as long as the process lives, whatever it says."""
+    return find(name)
+
+
+def _words(given: Any) -> Iterator[str]:
+    """Yield the texts among the values of YAML."""
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, (dict, list)):
+        for value in given.values() if isinstance(given, dict) else given:
+            yield from _words(value)

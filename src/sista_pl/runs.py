@@ -45,6 +45,12 @@ def has_checkpoint(root: Path, name: str, which: str) -> bool:
     return any((run / CHECKPOINTS / f"{which}.ckpt").is_file() for run in runs_of(root, name))
 
 
+def newest_tested(root: Path, name: str) -> Path | None:
+    """Return the newest run of a configuration that was tested, or None: a test writes test/metrics.json last."""
+    tested = [run for run in runs_of(root, name) if (run / "test" / "metrics.json").is_file()]
+    return tested[-1] if tested else None
+
+
 def unfinished(root: Path, name: str) -> bool:
     """Return whether the newest run of a configuration was stopped and left a checkpoint to go on from."""
     newest = runs_of(root, name)[-1:]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from sista_pl.metrics.detection import Detection
 from sista_pl.metrics.grounding import Grounding
 from sista_pl.metrics.retrieval import RetrievalFigures
 from sista_pl.metrics.segmentation import Segmentation
-from sista_pl.runs import runs_of
+from sista_pl.runs import newest_tested, runs_of
 
 PREDICTIONS = "predictions.parquet"
 COLUMNS = ("method", "task", "fraction", "seed", "predictions")
@@ -45,7 +45,7 @@ class Run:
     Args:
         method: its name.
         file: `.parquet` or `.csv`.
-        seed: its name; nothing is paired by it.
+        seed: its name; runs of two methods with one seed and subset are a pair. "" where none is told.
         task: runs of one task and fraction are one setting; "" where there is but one.
         fraction: share of the training labels, or None.
         metric: to compare by, or None for the family's.
@@ -85,7 +85,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        share = "" if self.fraction is None else f" {self.fraction:g}"
+        share = f" {self.fraction:g}" if self.fraction else ""  # an evaluation has 0: it fits nothing
         return f"{self.task}{share}" or self.metric
 
     @property
@@ -101,17 +101,24 @@ class Setting:
         """Return the places of a method's runs."""
         return [place for place, run in enumerate(self.runs) if run.method == method]
 
-    def by_seed(self, method: str, figures: np.ndarray) -> np.ndarray:
-        """Return (…, S) a figure of each seed of a method, the mean over its subsets of the labels.
+    def cells(self, method: str) -> set[tuple[str, str]]:
+        """Return seed and subset of each of a method's runs, {} where a run has no seed."""
+        found = {(self.runs[place].seed, self.runs[place].subset) for place in self.of(method)}
+        return found if all(seed for seed, _ in found) else set()
+
+    def by_seed(self, method: str, figures: np.ndarray, cells: Set[tuple[str, str]] = frozenset()) -> np.ndarray:
+        """Return (…, S) a figure of each seed of a method, by rising name, the mean over its subsets of the labels.
 
         Args:
             method: one of the setting's.
             figures: (…, R) of the runs.
+            cells: seeds and subsets that count; all where there are none.
         """
         places: dict[object, list[int]] = {}
-        for place in self.of(method):
+        for place in sorted(self.of(method), key=lambda place: (self.runs[place].seed, self.runs[place].subset)):
             run = self.runs[place]
-            places.setdefault(run.seed if run.subset else place, []).append(place)
+            if not cells or (run.seed, run.subset) in cells:
+                places.setdefault(run.seed if run.subset else place, []).append(place)
         return np.stack([figures[..., mine].mean(-1) for mine in places.values()], -1)
 
 
@@ -141,7 +148,7 @@ def find_runs(methods: Mapping[str, str]) -> tuple[list[Run], list[str]]:
             taken[file.resolve()] = method
             if passed:
                 notes.append(f"{match}: run {passed} has no test, {file.parent.parent.name} is taken")
-            runs.append(Run(method, file, match.name))
+            runs.append(Run(method, file))
     return runs, notes
 
 
@@ -149,14 +156,14 @@ def _predictions_of(path: Path, method: str) -> tuple[Path, str]:
     """Return a match's file, and the newer run without a test that was passed over, or nothing."""
     if path.is_file():
         return path, ""
-    numbered = runs_of(path.parent, path.name)
-    tested = [run for run in numbered if (run / "test" / PREDICTIONS).is_file()]
-    if tested:
-        return tested[-1] / "test" / PREDICTIONS, numbered[-1].name if numbered[-1] != tested[-1] else ""
+    numbered, tested = runs_of(path.parent, path.name), newest_tested(path.parent, path.name)
+    if tested is not None and (tested / "test" / PREDICTIONS).is_file():
+        return tested / "test" / PREDICTIONS, numbered[-1].name if numbered[-1] != tested else ""
     for file in (path / "test" / PREDICTIONS, path / PREDICTIONS):
         if file.is_file():
             return file, ""
-    raise SistaError(f"compare: {method}: {path} has no test/{PREDICTIONS}; run `sista test` on it, or narrow the glob")
+    raise SistaError(f"compare: {method}: {path} has no test/{PREDICTIONS}; run `sista test` on it, to its end "
+                     "(test/metrics.json), or narrow the glob")  # fmt: skip
 
 
 def read_runs(table: Path) -> list[Run]:

@@ -249,6 +249,10 @@ def read_sweep(*names: str) -> Sweep:
         raise SistaError(f"sweep {path}: reference: unknown method {reference!r}; {near}")
     pretrain = _part(given.get("pretrain") or {"config": "pretrain.yaml"}, f"sweep {path}: pretrain")
     shares = _fractions(given.get("fractions", [1.0]), f"sweep {path}")
+    for key, task in tasks.items():
+        if odd := sorted(set(task.subsets) - set(task.fractions or shares)):
+            raise SistaError(f"sweep {path}: tasks: {key}: subsets is of {odd[0]:g}, which is none of its fractions "
+                             f"{task.fractions or shares}; give one of these")  # fmt: skip
     tune = None if given.get("tune") is None else _tune(given["tune"], tasks, shares, f"sweep {path}: tune")
     return Sweep(str(given.get("name") or paths[0].stem), pretrain, methods, tasks, seeds, shares, reference, tune)
 

@@ -1,6 +1,7 @@
 """`sista sweep`: what runs, when, and what is left after a stop."""
 
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -45,7 +46,7 @@ def stand_in(ran: list[str], broken: str = "", gate: threading.Barrier | None = 
                 run = new_run(self.book.runs, cell.name)
                 (run / "checkpoints").mkdir()
                 for name in ("best", "last"):
-                    (run / "checkpoints" / f"{name}.ckpt").touch()
+                    (run / "checkpoints" / f"{name}.ckpt").write_text(f"{cell.name}, after {len(ran)}")
             elif words[0] == "test":
                 test = self.book.runs / cell.name / "0001" / "test"
                 test.mkdir()
@@ -117,15 +118,101 @@ def test_keep_going_leaves_out_only_what_needs_the_failed_cell(file, monkeypatch
 
 
 def test_a_training_that_was_stopped_goes_on_from_its_last_checkpoint(file, monkeypatch):
-    checkpoints = Path("sweeps/mine/runs/clip-0/0001/checkpoints")
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "last.ckpt").touch()
-    (checkpoints / "best.ckpt").touch()
+    Book(Path("sweeps/mine")).begin(read_sweep("mine.yaml"), Cell("clip", 0))
+    leave_stopped(Path("sweeps/mine/runs/clip-0/0001/checkpoints"))
     ran: list[str] = []
     monkeypatch.setattr(command._Run, "child", stand_in(ran))
     assert main(["sweep", "--config", str(file), "--jobs", "1", "--cell", "1/4"]) == 0
     assert ran[0] == "fit clip-0 resumed"
     assert "fit clip-0-siim-0.1" in ran
+
+
+def leave_stopped(checkpoints: Path) -> None:
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.ckpt").touch()
+    (checkpoints / "best.ckpt").touch()
+
+
+def test_a_training_without_a_mark_fails_and_is_not_taken_for_the_cells(file, monkeypatch, capsys):
+    leave_stopped(Path("sweeps/mine/runs/clip-0/0001/checkpoints"))
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    assert main(["sweep", "--config", str(file), "--jobs", "1", "--keep-going"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("sista: sweep: clip-0 failed: sweeps/mine/runs/clip-0 has a training that was stopped")
+    assert "no sweeps/mine/begun/clip-0.json says" in Path("sweeps/mine/logs/clip-0.log").read_text()
+    assert "test clip-1-siim-1" in ran
+    assert not any(" clip-0" in line for line in ran)
+
+
+def test_a_cell_that_another_sweep_is_at_fails(file, monkeypatch, capsys):
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    with Book(Path("sweeps/mine")).alone(Cell("clip", 0)):
+        assert main(["sweep", "--config", str(file), "--jobs", "1", "--keep-going"]) == 2
+    assert "clip-0 failed: another process is at work on clip-0" in capsys.readouterr().err.splitlines()[-1]
+    assert not any(" clip-0" in line for line in ran)
+
+
+def test_what_has_no_test_any_more_is_tested_again(file, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    for name in ("clip-0", "random-1-siim-1"):
+        shutil.rmtree(f"sweeps/mine/runs/{name}/0001/test")
+    ran.clear()
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    assert sorted(ran) == [
+        f"{verb} {name}{' resumed' if verb == 'fit' else ''}"
+        for verb in ("fit", "test") for name in ("clip-0", "random-1-siim-1")
+    ]  # fmt: skip
+
+
+def test_tasks_of_an_encoder_that_was_made_again_fail(file, monkeypatch, capsys):
+    ran: list[str] = []
+    monkeypatch.setattr(command._Run, "child", stand_in(ran))
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+    Path("sweeps/mine/done/clip-0.json").unlink()
+    shutil.rmtree("sweeps/mine/runs/clip-0")
+    assert main(["sweep", "--config", str(file), "--jobs", "1", "--keep-going"]) == 2
+    said = "clip-0-siim-0.1 failed (and 1 more): clip-0-siim-0.1 in sweeps/mine was made on another encoder than clip-0"
+    assert said in capsys.readouterr().err
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 2
+    assert "sista: sweep: clip-0-siim-0.1 in sweeps/mine was made on another encoder" in capsys.readouterr().err
+    for name in ("clip-0-siim-0.1", "clip-0-siim-1"):
+        Path(f"sweeps/mine/done/{name}.json").unlink()
+        shutil.rmtree(f"sweeps/mine/runs/{name}")
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 0
+
+
+def test_a_configuration_that_is_edited_while_a_sweep_runs_is_told(file, monkeypatch, capsys):
+    Path("method.yaml").write_text("model: {init_args: {lr: 0.1}}\n")
+    file.write_text(SWEEP.replace("method/clip.yaml", "method.yaml"))
+    plain = stand_in([])
+
+    def child(self, cell, commands, sink, release) -> int:
+        if cell == Cell("clip", 1):
+            Path("method.yaml").write_text("model: {init_args: {lr: 0.2}}\n")
+        return plain(self, cell, commands, sink, release)
+
+    monkeypatch.setattr(command._Run, "child", child)
+    assert main(["sweep", "--config", str(file), "--jobs", "1"]) == 2
+    assert "clip-0 in sweeps/mine was made when method.yaml said something else" in capsys.readouterr().err
+
+
+def test_the_time_of_a_cell_is_without_its_wait_for_the_data_of_another(file, monkeypatch):
+    plain = stand_in([])
+
+    def child(self, cell, commands, sink, release) -> int:
+        threading.Event().wait(0.5)
+        return plain(self, cell, commands, sink, release)
+
+    monkeypatch.setattr(command._Run, "child", child)
+    book = Book(Path("sweeps/mine"))
+    run = command._Run(read_sweep("mine.yaml"), book, 4, [], keep_going=False)
+    cells = [Cell("random", seed, "siim", share) for seed in (0, 1) for share in (0.1, 1.0)]
+    assert run.all(cells) == []
+    assert all(0.5 <= json.loads(book.mark(cell).read_text())["seconds"] < 1.0 for cell in cells)  # alone, in turn
 
 
 def test_cells_run_at_once(file, monkeypatch):

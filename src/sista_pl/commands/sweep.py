@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,7 +27,9 @@ from sista_pl.sweep import PRETRAIN, Cell, Sweep, read_sweep
 
 _HELP = """\
 Pre-train each method with each seed, take each encoder through each task with each share of the labels, and compare.
-A sweep that was stopped goes on where it was: finished cells are left alone, a started training resumes.
+A sweep that was stopped goes on where it was: finished cells are left alone, a started training resumes. A cell that
+was made by other options or configurations, or on an encoder that was made again since, is refused: the line says what
+to delete.
 
   sista sweep --config benchmark/smoke.yaml
   sista sweep --config mine.yaml --cell 3/12      # one task of an array job: a share of the pre-trainings, all it needs
@@ -83,7 +86,10 @@ def main(argv: list[str]) -> int:
     from sista_pl.report.swept import write_plan  # after the parser: it brings torch
 
     write_plan(book.root, sweep)
-    failed = _Run(sweep, book, jobs, devices, options.keep_going).all(sweep.cells(part))
+    run = _Run(sweep, book, jobs, devices, options.keep_going)
+    failed = run.all(sweep.cells(part))
+    if not failed:
+        run.left(sweep.cells(part))  # refuses those whose configurations were edited while others ran
     _show(sweep, book)
     if failed:
         cell, why = failed[0]
@@ -138,7 +144,7 @@ class _Run:
 
     def all(self, cells: list[Cell]) -> list[tuple[Cell, str]]:
         """Run what is not done yet; return what failed, and why."""
-        waiting = [cell for cell in cells if not self.ready(cell) or not self.book.done(self.sweep, cell)]
+        waiting = self.left(cells)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console, began = Console(stderr=True), time.monotonic()
         with Progress(*columns, console=console) as bar, ThreadPoolExecutor(self.jobs) as pool:
@@ -177,25 +183,47 @@ class _Run:
                     worker.end()
         return self.failed
 
+    def left(self, cells: list[Cell]) -> list[Cell]:
+        """Return the cells that are not done yet.
+
+        Raises:
+            SistaError: one was made otherwise than the sweep would make it now.
+        """
+        return [cell for cell in cells if not self.ready(cell) or not self.book.done(self.sweep, cell)]
+
     def ready(self, cell: Cell) -> bool:
         """Whether all that a cell needs is there: the encoder of a task, what chooses the setting of a pre-training."""
         return all(map(self.book.is_done, self.sweep.needs(cell)))
 
     def one(self, cell: Cell) -> str:
         """Run a cell's commands; return why it failed, or nothing."""
+        log = self.book.log(cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab", buffering=0) as sink:
+            try:
+                with self.book.alone(cell):
+                    return self.made(cell, sink)
+            except SistaError as why:
+                sink.write(f"sista: {why}\n".encode())
+                return str(why).removeprefix("sweep: ")
+
+    def made(self, cell: Cell, sink: IO[bytes]) -> str:
+        """Make a cell that no other sweep is at; return why it failed, or nothing.
+
+        Raises:
+            SistaError: it was made, or begun, otherwise, or its commands still run.
+        """
         if self.book.done(self.sweep, cell):
             return ""
-        began, log = time.monotonic(), self.book.log(cell)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        commands = self.sweep.commands(cell, self.book.runs)
-        if self.book.begin(self.sweep, cell) and commands[0][0] == "fit":
-            commands[0] += ["--ckpt_path", "last"]
-        with log.open("ab") as sink, self.prepared(cell) as release:
+        with self.prepared(cell) as release:
             if self.stop.is_set():  # while it waited for the data
                 return "stopped"
+            began, commands = time.monotonic(), self.sweep.commands(cell, self.book.runs)
+            if self.book.begin(self.sweep, cell) and commands[0][0] == "fit":
+                commands[0] += ["--ckpt_path", "last"]
             code = self.child(cell, commands, sink, release)
         if code:
-            return "stopped" if self.stop.is_set() else _last_line(log)
+            return "stopped" if self.stop.is_set() else _last_line(self.book.log(cell))
         self.book.finish(self.sweep, cell, time.monotonic() - began)
         return ""
 

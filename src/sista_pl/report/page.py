@@ -102,18 +102,16 @@ def page(found: Contents) -> str:
 def _head(found: Contents) -> str:
     """What was swept, how much of it is done, and what is missing."""
     swept = found.swept
-    done, wanted = len(swept.done), len(swept.wanted)
     shares = ", ".join(f"{100 * share:g}" for share in sorted({share for _, share in swept.settings} - {0}))
-    seconds = sum(float(swept.mark(cell).get("seconds") or 0) for cell in swept.done)
     counts = [
-        (f"{done} of {wanted}", "cells done"),
+        (f"{sum(swept.cells.values())} of {len(swept.cells)}", "cells done"),
         (str(len(swept.methods)), "methods"), (str(len(swept.tasks)), "task" if len(swept.tasks) == 1 else "tasks"),
         (f"{shares} %" if shares else "none", "of the labels"),
         (str(len(swept.seeds)), "seed" if len(swept.seeds) == 1 else "seeds"),
-        (parts.duration(seconds), "computed"),
+        (parts.duration(swept.seconds), "computed"),
     ]  # fmt: skip
     notes = [escape(note) for note in found.notes]
-    if left := [cell.name for cell in swept.wanted if cell not in swept.done]:
+    if left := [cell.name for cell, done in swept.cells.items() if not done]:
         names = f"<details><summary>their names</summary>{escape(', '.join(left))}</details>"
         short = len(left) <= 6
         told = f": {escape(', '.join(left))}" if short else names

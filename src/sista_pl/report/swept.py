@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ OWN = ("--name", "--run_root", "--seed_everything", "--data.label_fraction", "--
 
 
 def write_plan(root: Path, sweep: Sweep) -> Path:
-    """Keep beside a sweep's runs which cells it wants, so that a report knows what is missing."""
+    """Keep beside a sweep's runs which cells it has, so that a report knows what is missing."""
     told = {"schema": SCHEMA, "name": sweep.name, "reference": sweep.reference,
             "tuning": sweep.tune.told() if sweep.tune is not None else "",
-            "cells": [asdict(cell) for cell in sweep.cells() if cell.setting is None]}  # fmt: skip
+            "cells": [asdict(cell) for cell in sweep.cells()]}  # fmt: skip
     try:
         root.mkdir(parents=True, exist_ok=True)
         with writing(root / PLAN) as partial:
@@ -46,6 +46,7 @@ class Swept:
         wanted: its cells, each pre-training before its tasks.
         reference: the method that the others are set against.
         tuning: the budget that each method was tuned with, in a line; empty where none was.
+        tried: the cells that choose the methods' settings, which are not tested.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Swept:
     wanted: list[Cell]
     reference: str
     tuning: str = ""
+    tried: list[Cell] = field(default_factory=list)
 
     @classmethod
     def open(cls, root: Path) -> Swept:
@@ -67,8 +69,9 @@ class Swept:
             raise SistaError(f"report: {root} has no {PLAN}; run `sista sweep` first, or give the folder that it made")
         try:
             told = json.loads((root / PLAN).read_text(encoding="utf-8"))
-            wanted = [Cell(**cell) for cell in told["cells"]]
-            return cls(root, told["name"], wanted, told["reference"], told["tuning"])
+            cells = [Cell(**cell) for cell in told["cells"]]
+            wanted, tried = ([cell for cell in cells if (cell.setting is None) == own] for own in (True, False))
+            return cls(root, told["name"], wanted, told["reference"], told["tuning"], tried)
         except (OSError, ValueError, KeyError, TypeError) as why:
             raise SistaError(f"report: {root / PLAN} can't be read ({why}); run its sweep again") from None
 
@@ -78,8 +81,18 @@ class Swept:
 
     @cached_property
     def done(self) -> list[Cell]:
-        """The cells that are done and have a test."""
-        return [cell for cell in self.wanted if self.book.is_done(cell) and self.run(cell) is not None]
+        """The wanted cells that are done."""
+        return [cell for cell in self.wanted if self.cells[cell]]
+
+    @cached_property
+    def cells(self) -> dict[Cell, bool]:
+        """Whether each cell is done, of those that choose a setting, too."""
+        return {cell: self.book.is_done(cell) for cell in [*self.tried, *self.wanted]}
+
+    @property
+    def seconds(self) -> float:
+        """What all cells that are done took."""
+        return sum(float(self.mark(cell).get("seconds") or 0) for cell, done in self.cells.items() if done)
 
     @property
     def methods(self) -> list[str]:
@@ -109,8 +122,7 @@ class Swept:
 
     def run(self, cell: Cell) -> Path | None:
         """Return the newest run of a cell that has a test, or None."""
-        tested = [run for run in runs.runs_of(self.book.runs, cell.name) if (run / "test" / "metrics.json").is_file()]
-        return tested[-1] if tested else None
+        return runs.newest_tested(self.book.runs, cell.name)
 
     def tested(self) -> list[Run]:
         """Return the predictions of all task cells that are done, as `sista compare` takes them."""

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -119,12 +119,13 @@ class FrozenText:
         from sista_pl.models.text import hugging_face
 
         encoder = hugging_face(self.model, pooling=self.pooling, max_tokens=self.max_tokens, frozen=True)
-        if encoder.dim > MAX_DIMENSIONS:
+        dim = cast(int, encoder.dim)
+        if dim > MAX_DIMENSIONS:
             raise SistaError(
-                f"similarity source 'frozen_text': {self.model!r} has {encoder.dim} dimensions; "
+                f"similarity source 'frozen_text': {self.model!r} has {dim} dimensions; "
                 f"choose an encoder with at most {MAX_DIMENSIONS}"
             )
-        rows = np.empty((len(reports), encoder.dim), dtype=np.float32)
+        rows = np.empty((len(reports), dim), dtype=np.float32)
         table = encoder.tokenize(reports)
         # Reports of like length together: less padding.
         order = sorted(range(len(reports)), key=lambda i: len(reports[i]))

@@ -220,8 +220,8 @@ def test_a_pre_training_without_a_token_loss_is_told(pretrained, rsna_store, eva
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--model.phrases", "{a: x, b: y}"], "masks have one class; give one"),
-        (["--data.target", "boxes", "--model.phrases", "{opacityy: x}"], "did you mean opacityy?"),
+        (["--model.phrases", "{a: edema, b: nodule}"], "masks have one class; give one"),
+        (["--data.target", "boxes", "--model.phrases", "{opacityy: opacity}"], "did you mean opacityy?"),
         (["--data.target", "labels", "--data.labels", "[Pneumonia]"], "needs mask or boxes, the data group gives"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +45,7 @@ class Run:
     Args:
         method: its name.
         file: `.parquet` or `.csv`.
-        seed: its name; runs of two methods with one seed and subset are a pair. "" where none is told.
+        seed: its name, "" where none is told; nothing is paired by it.
         task: runs of one task and fraction are one setting; "" where there is but one.
         fraction: share of the training labels, or None.
         metric: to compare by, or None for the family's.
@@ -101,24 +101,17 @@ class Setting:
         """Return the places of a method's runs."""
         return [place for place, run in enumerate(self.runs) if run.method == method]
 
-    def cells(self, method: str) -> set[tuple[str, str]]:
-        """Return seed and subset of each of a method's runs, {} where a run has no seed."""
-        found = {(self.runs[place].seed, self.runs[place].subset) for place in self.of(method)}
-        return found if all(seed for seed, _ in found) else set()
-
-    def by_seed(self, method: str, figures: np.ndarray, cells: Set[tuple[str, str]] = frozenset()) -> np.ndarray:
+    def by_seed(self, method: str, figures: np.ndarray) -> np.ndarray:
         """Return (…, S) a figure of each seed of a method, by rising name, the mean over its subsets of the labels.
 
         Args:
             method: one of the setting's.
             figures: (…, R) of the runs.
-            cells: seeds and subsets that count; all where there are none.
         """
         places: dict[object, list[int]] = {}
         for place in sorted(self.of(method), key=lambda place: (self.runs[place].seed, self.runs[place].subset)):
             run = self.runs[place]
-            if not cells or (run.seed, run.subset) in cells:
-                places.setdefault(run.seed if run.subset else place, []).append(place)
+            places.setdefault(run.seed if run.subset else place, []).append(place)
         return np.stack([figures[..., mine].mean(-1) for mine in places.values()], -1)
 
 

@@ -187,7 +187,7 @@ class SistaCLI(LightningCLI):
         root, wanted = Path(config.run_root), config.get("ckpt_path")
         own = None
         if self.subcommand != "fit" and not any(word.partition("=")[0] == "--ckpt_path" for word in sys.argv):
-            own = _run_of_config(sys.argv[1:])
+            own = runs.run_of_config(_config(sys.argv[1:]))
         if own is not None:  # its config.yaml may name the checkpoint that the run itself went on from
             wanted = config.ckpt_path = None
         if self.subcommand == "fit" and wanted == "auto":
@@ -203,7 +203,7 @@ class SistaCLI(LightningCLI):
             pass
         elif wanted in (None, "best", "last"):
             which = wanted or "best"
-            found = runs.find_checkpoint(root, self.run_name, which) if own is None else _best_of(own)
+            found = runs.find_checkpoint(root, self.run_name, which) if own is None else runs.best_of(own)
             config.ckpt_path = str(found)
             print(f"checkpoint: {config.ckpt_path}")
         elif not Path(wanted).is_file():
@@ -372,8 +372,8 @@ def _useful(record: logging.LogRecord) -> bool:
 
 def _first_config(argv: Sequence[str]) -> str:
     """Return the stem of the first `--config`, of a run's config.yaml the run's name; jsonargparse keeps neither."""
-    run, path = _run_of_config(argv), _config(argv)
-    if run is not None:
+    path = _config(argv)
+    if (run := runs.run_of_config(path)) is not None:
         return run.absolute().parent.name
     return "run" if path is None else path.stem
 
@@ -385,23 +385,6 @@ def _config(argv: Sequence[str]) -> Path | None:
         if option in ("-c", "--config"):
             return Path(value or argv[i + 1])
     return None
-
-
-def _run_of_config(argv: Sequence[str]) -> Path | None:
-    """Return the folder of the run whose own config.yaml is the first `--config`, or None."""
-    path = _config(argv)
-    if path is None or path.name != "config.yaml":
-        return None
-    # a run that was stopped early has no checkpoints yet, an evaluation never has any
-    kept = (runs.CHECKPOINTS, "test", "mlflow_run_id")
-    return path.parent if any((path.parent / name).exists() for name in kept) else None
-
-
-def _best_of(run: Path) -> Path:
-    best = run / runs.CHECKPOINTS / "best.ckpt"
-    if not best.is_file():
-        raise SistaError(f"{run}: the run has no best checkpoint; fit it again, or give --ckpt_path FILE")
-    return best
 
 
 def _packaged_groups(argv: Sequence[str]) -> list[str]:

@@ -40,6 +40,27 @@ def find_checkpoint(root: Path, name: str, which: str) -> Path:
     )
 
 
+def run_of_config(config: Path | None) -> Path | None:
+    """Return the folder of the run whose own config.yaml this is, or None."""
+    if config is None or config.name != "config.yaml":
+        return None
+    # a run that was stopped early has no checkpoints yet, an evaluation never has any
+    kept = (CHECKPOINTS, "test", "mlflow_run_id")
+    return config.parent if any((config.parent / name).exists() for name in kept) else None
+
+
+def best_of(run: Path) -> Path:
+    """Return the best checkpoint of a run's folder.
+
+    Raises:
+        SistaError: it has none.
+    """
+    best = run / CHECKPOINTS / "best.ckpt"
+    if not best.is_file():
+        raise SistaError(f"{run}: the run has no best checkpoint; fit it again, or give --ckpt_path FILE")
+    return best
+
+
 def has_checkpoint(root: Path, name: str, which: str) -> bool:
     """Return whether a configuration has a `best` or `last` checkpoint."""
     return any((run / CHECKPOINTS / f"{which}.ckpt").is_file() for run in runs_of(root, name))

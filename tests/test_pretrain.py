@@ -106,7 +106,9 @@ def test_exported_encoder_is_timms(finished):
 def test_test_without_a_path_takes_the_best_and_says_so(finished, capsys):
     folder, overrides = finished
     assert main(["test", "--config", "pretrain.yaml", *overrides]) == 0
-    assert "checkpoint: runs/pretrain/0001/checkpoints/best.ckpt" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "checkpoint: runs/pretrain/0001/checkpoints/best.ckpt" in told
+    assert told.count("test/i2t_R@10 ") == 1  # with its interval, and no second table without
     metrics = json.loads((folder / "runs" / "pretrain" / "0001" / "test/metrics.json").read_text())
     assert "test/i2t_R@10" in metrics["test"]
     assert main(["validate", "--config", "pretrain.yaml", *overrides]) == 0

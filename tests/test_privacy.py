@@ -228,10 +228,10 @@ def test_artifacts_of_a_new_experiment_are_looked_at_before_the_first_is_sent(wo
 
 
 def test_ids_are_hashed_with_a_key_that_stays(workdir):
-    key = privacy.id_key(workdir / "id_key")
-    assert key == privacy.id_key(workdir / "id_key")
+    key = privacy.id_key(workdir / "new" / "id_key")
+    assert key == privacy.id_key(workdir / "new" / "id_key")
     assert len(key) == 32
-    assert (workdir / "id_key").stat().st_mode & 0o077 == 0
+    assert (workdir / "new" / "id_key").stat().st_mode & 0o077 == 0
     name = privacy.hashed_id("10000032", key)
     assert name == hashlib.blake2b(b"10000032", key=key, digest_size=8).hexdigest()
     assert name != privacy.hashed_id("10000032", privacy.id_key(None))

@@ -210,6 +210,8 @@ class Results(Callback):
             tracking.publish(trainer, file, file.parent.relative_to(self.folder.path).as_posix())
         path = self._write(trainer, task, {"test": figures, "intervals": intervals}, "test/metrics.json")
         _show(intervals)
+        if intervals:  # Lightning's table would say the same again, without them
+            trainer.test_loop.verbose = False
         Console().print(f"metrics: {path}", soft_wrap=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:

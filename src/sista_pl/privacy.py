@@ -195,6 +195,7 @@ def id_key(file: Path | None) -> bytes:
         return secrets.token_bytes(32)
     import fcntl
 
+    file.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # another run may make it, too
         if not (key := held.read()):

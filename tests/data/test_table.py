@@ -108,6 +108,17 @@ def test_without_split_column_no_patient_is_cut(tmp_path):
         read(write(tmp_path / "u.csv", [["a.png", "text"]], ["path", "text"]))
 
 
+def test_a_column_that_is_null_does_not_count(tmp_path):
+    file = write(tmp_path / "t.csv", [[f"{i}.png", "Text.", f"p{i}", "train", "1"] for i in range(40)])
+    release = read(file, columns={"split": None, "labels": None})
+    assert {row.split for row in release.rows} == {"train", "val", "test"}
+    assert [row.split for row in release.rows] == list(grouped_split([f"p{i}" for i in range(40)], 0))
+    assert all(row.labels == {} for row in release.rows)
+    assert "split" not in release.options["columns"]
+    with pytest.raises(SistaError, match="no column of image paths"):
+        read(file, columns={"image": None})
+
+
 def test_a_group_stands_above_the_patient(tmp_path):
     rows = [["a.png", "t", "p1", "g1"], ["b.png", "t", "p2", "g1"], ["c.png", "t", "p3", ""]]
     release = read(write(tmp_path / "t.csv", rows, ["path", "text", "patient_id", "group_id"]))

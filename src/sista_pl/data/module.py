@@ -150,7 +150,10 @@ class BaseDataModule(LightningDataModule):
         for split in need:
             if len(self.rows[split]) == 0:
                 counts = ", ".join(f"{name} {len(rows)}" for name, rows in self.rows.items())
-                raise SistaError(f"data: {self.store_path} has nothing in split {split!r} ({counts}); check the splits")
+                raise SistaError(
+                    f"data: {self.store_path} has nothing in split {split!r} ({counts}); check the splits; "
+                    "`sista data prepare table --option columns.split=null` deals the patients of a table by a seed"
+                )
 
     def split(self) -> dict[str, np.ndarray]:
         """Return the rows of each split."""

@@ -65,9 +65,10 @@ def read_table(
         table: file name of the table in `root`; needed where the folder holds several.
         columns: which column holds what, {image: path, report: text, …}. Known: image, id (default: the image's
             path), report, or findings and impression, patient, group (patients that belong together), study, split,
-            view, mask, labels (a list; default: the columns `label_…`). A usual name need not be given. Rows that
-            share a patient or a group are one unit of the split, and so are those that others join; a row with neither
-            is left out. Only a table with a split and without such columns has each image as a unit of its own.
+            view, mask, labels (a list; default: the columns `label_…`). A usual name need not be given; null leaves
+            out the column that has it. Rows that share a patient or a group are one unit of the split, and so are those
+            that others join; a row with neither is left out. Only a table with a split and without such columns has
+            each image as a unit of its own.
         images: folder that relative image and mask paths start from (default: the table's); none may leave it.
         where: keep rows that have this value, or one of these, in these columns.
         require_report: drop (and count) rows without a text.
@@ -214,6 +215,8 @@ def _roles(file: Path, present: list[str], given: dict[str, Any]) -> dict[str, A
     roles: dict[str, Any] = {}
     lower = {name.lower(): name for name in present}
     for role, names in _GUESSES.items():
+        if role in given and given[role] is None:
+            continue
         if role in given:
             need_columns(file, present, [str(given[role])])
             roles[role] = str(given[role])
@@ -224,7 +227,7 @@ def _roles(file: Path, present: list[str], given: dict[str, Any]) -> dict[str, A
     if "image" not in roles:
         raise SistaError(f"{file}: no column of image paths; name one of {', '.join(present)} under columns.image")
     labels = given.get("labels", [name for name in present if name.startswith("label_")])
-    roles["labels"] = [str(name) for name in _listed(labels)]
+    roles["labels"] = [str(name) for name in _listed(labels or [])]
     need_columns(file, present, roles["labels"])
     return roles
 

@@ -56,7 +56,7 @@ def finish(book: Book, sweep, cell: Cell, value: float = 0.5, code: str = "0a1b2
 
 BENCHMARKS = [name for name in packaged.names() if name.startswith("benchmark/")]
 ADDITIONS = {
-    "benchmark/transfer.yaml": ["transfer_finetuned"],
+    "benchmark/transfer.yaml": ["transfer_fcos"],
     "benchmark/phantom.yaml": ["with_peers", "with_controls", "phantom_decoders"],
     "benchmark/reports.yaml": ["with_peers", "with_controls", "reports_decoders", "reports_subsets"],
 }
